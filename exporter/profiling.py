@@ -1,0 +1,239 @@
+"""Accuracy, compute and latency of every operating point of a graph, on this machine. Torch-free.
+
+Latency is interleaved: every round runs each (point, batch size) once in a shuffled order, so that a slow spell of the
+machine falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from exporter.bundle import Latency, Point, Profile
+from exporter.session import run
+from vmoe.config import ModelConfig
+from vmoe.operating_point import OperatingPoint
+
+# Chosen, not tuned: 100 rounds are the fewest in which a 99th percentile is an observation and not the maximum.
+ROUNDS = 100
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+# Capacity factors of the default ladder below the configured one: halves and quarters, down to an eighth.
+LADDER = (0.125, 0.25, 0.5, 0.75)
+
+
+class LabelledImages(Protocol):
+    """The part of `vmoe.data.LabelledImages` that is needed here, which imports torch."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]: ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Attributes:
+    accuracy: top-1 over the images.
+    kept: mean share of assignments processed, per MoE layer.
+    """
+
+    accuracy: float
+    kept: tuple[float, ...]
+
+
+def default_points(config: ModelConfig) -> tuple[OperatingPoint, ...]:
+    """Every K up to the configured one with the ladder of capacity factors; the configured point last."""
+    full = config.operating_point
+    if full is None:
+        return ()
+    factors = [c for c in LADDER if c < full.capacity_factor] + [full.capacity_factor]
+    return tuple(OperatingPoint(c, k) for k in range(1, full.num_selected_experts + 1) for c in factors)
+
+
+def macs_per_image(config: ModelConfig, kept_assignments: Sequence[float]) -> float:
+    """Multiply-accumulates of one forward pass.
+
+    Arguments:
+        kept_assignments: processed (token, expert) pairs of each MoE layer.
+    """
+    tokens, size, mlp = config.tokens_per_image, config.hidden_size, config.mlp_dim
+    patches = config.grid[0] * config.grid[1]
+    embedding = patches * config.patch_size[0] * config.patch_size[1] * config.channels * size
+    attention = 4 * tokens * size**2 + 2 * tokens**2 * size
+    num_moe = 0 if config.moe is None else len(config.moe.layers)
+    dense = (config.num_layers - num_moe) * 2 * tokens * size * mlp
+    router = 0 if config.moe is None else num_moe * tokens * size * config.moe.num_experts
+    experts = sum(kept_assignments) * 2 * size * mlp
+    head = size * config.num_classes
+    if config.representation_size is not None:
+        head = size * config.representation_size + config.representation_size * config.num_classes
+    if config.classifier == "map":
+        head += 2 * tokens * size**2 + 2 * tokens * size + size**2 + 2 * size * mlp
+    return embedding + config.num_layers * attention + dense + router + experts + head
+
+
+def make_points(config: ModelConfig, points: Sequence[OperatingPoint]) -> tuple[Point, ...]:
+    """Manifest entries without measurements, cheapest first; points with the same K and slots are merged.
+
+    Relative compute is the bound that assumes all slots filled, until accuracy images tell the kept share.
+    """
+    unique: dict[tuple[int, tuple[int, ...]], Point] = {}
+    for point in points:
+        slots = config.slots(point)
+        unique.setdefault(
+            (point.num_selected_experts, slots),
+            Point(
+                capacity_factor=point.capacity_factor,
+                num_selected_experts=point.num_selected_experts,
+                slots=slots,
+                relative_compute=1.0,
+            ),
+        )
+    return _with_compute(config, list(unique.values()))
+
+
+def measure_accuracy(
+    session: ort.InferenceSession,
+    data: LabelledImages,
+    prepare: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.generic]],
+    points: Sequence[Point | None],
+    *,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[Measured]:
+    """Top-1 accuracy and kept share of each point over a data set.
+
+    Arguments:
+        prepare: uint8 images to the graph's input type.
+        batch_size: whole routing groups; a rest that fills no batch is left out only if it fills no group.
+        advance: called with the number of images done.
+    """
+    correct = np.zeros(len(points), np.int64)
+    kept = [np.zeros(0) for _ in points]
+    for start in range(0, len(data), batch_size):
+        images, targets = data.read(np.arange(start, min(start + batch_size, len(data))))
+        inputs = prepare(images)
+        for index, point in enumerate(points):
+            logits, *shares = run(session, inputs, point, ["logits"] if point is None else ["logits", "kept"])
+            correct[index] += int((logits.argmax(-1) == targets).sum())
+            if shares:
+                total = np.asarray(shares[0], np.float64).sum(0)
+                kept[index] = total if start == 0 else kept[index] + total
+            advance(len(images))
+    return [
+        Measured(int(right) / len(data), tuple((share / len(data)).tolist()))
+        for right, share in zip(correct, kept, strict=True)
+    ]
+
+
+def with_accuracy(config: ModelConfig, points: Sequence[Point], measured: Sequence[Measured]) -> tuple[Point, ...]:
+    """Fills in accuracy, kept share and the compute that follows from it, and marks dominated points."""
+    filled = [
+        point.model_copy(update={"accuracy": found.accuracy, "kept": found.kept})
+        for point, found in zip(points, measured, strict=True)
+    ]
+    ordered = _with_compute(config, filled)
+    return tuple(
+        point.model_copy(update={"dominated": point is not ordered[-1] and any(_beats(q, point) for q in ordered)})
+        for point in ordered
+    )
+
+
+def measure_latency(
+    session: ort.InferenceSession,
+    images: npt.NDArray[np.generic],
+    points: Sequence[Point],
+    *,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    rounds: int = ROUNDS,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda count: None,
+) -> tuple[Point, ...]:
+    """Fills in the median and the 99th percentile of the inference time per batch size.
+
+    Arguments:
+        images: at least as many as the largest batch, in the graph's input type.
+        advance: called with the number of runs done.
+    """
+    cases = [(index, batch) for index in range(len(points)) for batch in batch_sizes]
+    times: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
+    generator = np.random.default_rng(seed)
+    for case in cases:  # warm-up: memory arenas grow to their size
+        run(session, images[: case[1]], points[case[0]], ["logits"])
+    for _ in range(rounds):
+        for position in generator.permutation(len(cases)):
+            index, batch = cases[position]
+            start = time.perf_counter()
+            run(session, images[:batch], points[index], ["logits"])
+            times[index, batch].append(time.perf_counter() - start)
+            advance(1)
+    return tuple(
+        point.model_copy(
+            update={
+                "latency": tuple(
+                    Latency(
+                        batch_size=batch,
+                        median_s=float(np.median(times[index, batch])),
+                        p99_s=float(np.quantile(times[index, batch], 0.99)),
+                    )
+                    for batch in batch_sizes
+                )
+            }
+        )
+        for index, point in enumerate(points)
+    )
+
+
+def describe_machine(threads: int, images: str | None, num_images: int) -> Profile:
+    """Where a profile was taken."""
+    return Profile(
+        machine=f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        runtime=f"onnxruntime {ort.__version__}",
+        threads=threads or (os.cpu_count() or 1),
+        date=datetime.date.today().isoformat(),
+        images=images,
+        num_images=num_images,
+    )
+
+
+def _with_compute(config: ModelConfig, points: Sequence[Point]) -> tuple[Point, ...]:
+    """Sets relative compute and sorts by it; the configured point, or else the most expensive, is the unit."""
+    macs = [macs_per_image(config, _assignments(config, point)) for point in points]
+    full = max(macs)
+    filled = [p.model_copy(update={"relative_compute": cost / full}) for p, cost in zip(points, macs, strict=True)]
+    return tuple(sorted(filled, key=lambda p: (p.relative_compute, p.num_selected_experts)))
+
+
+def _assignments(config: ModelConfig, point: Point) -> list[float]:
+    assert config.moe is not None
+    group = config.moe.group_images
+    asked = config.tokens_per_image * point.num_selected_experts
+    if point.kept is not None:
+        return [share * asked for share in point.kept]
+    return [min(slots * config.moe.num_experts / group, asked) for slots in point.slots]
+
+
+def _beats(one: Point, other: Point) -> bool:
+    """`one` is at least as accurate at no more compute, and better in one of both."""
+    assert one.accuracy is not None
+    assert other.accuracy is not None
+    no_worse = one.accuracy >= other.accuracy and one.relative_compute <= other.relative_compute
+    return no_worse and (one.accuracy > other.accuracy or one.relative_compute < other.relative_compute)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown processor"

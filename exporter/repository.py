@@ -1,0 +1,54 @@
+"""Writes a bundle into a model repository, whole or not at all: graph, labels, Triton's config.pbtxt, manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from exporter.bundle import LABELS_FILE, MODEL_FILE, Manifest, sha256, write_manifest
+from vmoe.atomic_directory import replaced_directory
+
+_TRITON_TYPES = {
+    ir.DataType.UINT8: "TYPE_UINT8",
+    ir.DataType.FLOAT: "TYPE_FP32",
+    ir.DataType.INT64: "TYPE_INT64",
+}
+
+
+def write_bundle(directory: Path, graph: ir.Model, finish: Callable[[Path], Manifest]) -> Manifest:
+    """Writes the bundle `directory` atomically; whatever stood there is replaced only by a complete bundle.
+
+    Arguments:
+        finish: gets the path of the written graph and returns the manifest, with `files` still empty. Parity check and
+            profile run here: when they raise, nothing is left behind.
+    """
+    with replaced_directory(directory) as temporary:
+        model = temporary / MODEL_FILE
+        model.parent.mkdir()
+        ir.save(graph, model)
+        manifest = finish(model)
+        (temporary / LABELS_FILE).write_text("".join(f"{label}\n" for label in manifest.labels))
+        (temporary / "config.pbtxt").write_text(triton_config(graph, manifest))
+        manifest = manifest.model_copy(update={"files": {name: sha256(temporary / name) for name in (MODEL_FILE,)}})
+        write_manifest(temporary, manifest)
+    return manifest
+
+
+def triton_config(graph: ir.Model, manifest: Manifest) -> str:
+    """Triton's model configuration with explicit tensors; batching is the gateway's, so no dynamic batcher."""
+    lines = [
+        f'name: "{manifest.name}"',
+        'backend: "onnxruntime"',
+        f"max_batch_size: {manifest.max_batch_size}",
+    ]
+    for section, values in (("input", graph.graph.inputs), ("output", graph.graph.outputs)):
+        for value in values:
+            assert value.dtype is not None
+            assert value.shape is not None
+            dims = ", ".join(str(dim) for dim in value.shape[1:])  # the batch axis is implied
+            label = f'  label_filename: "{LABELS_FILE}"\n' if value.name == "logits" else ""
+            entry = f'  name: "{value.name}"\n  data_type: {_TRITON_TYPES[value.dtype]}\n  dims: [ {dims} ]\n{label}'
+            lines.append(f"{section} [ {{\n{entry}}} ]")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,42 @@
+"""ONNX Runtime over an exported graph, as parity check and profiler use it. Torch-free.
+
+Axes: B images, L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from exporter.bundle import Point
+
+
+def open_session(model: Path, threads: int = 0) -> ort.InferenceSession:
+    """Loads a graph on the CPU; `threads` 0 lets ONNX Runtime take every core."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
+def run(
+    session: ort.InferenceSession,
+    images: npt.NDArray[np.generic],
+    point: Point | None,
+    outputs: list[str],
+) -> list[npt.NDArray[np.generic]]:
+    """Runs a batch, every image at the same operating point; None for a dense model.
+
+    Arguments:
+        images: (B, H, W, channels) in the graph's input type.
+        outputs: names of the outputs to compute; what they do not need is skipped.
+    """
+    feeds: dict[str, npt.NDArray[np.generic]] = {"images": images}
+    if point is not None:
+        feeds["slots"] = np.tile(np.array(point.slots, np.int64), (len(images), 1))
+        feeds["num_selected_experts"] = np.full((len(images), 1), point.num_selected_experts, np.int64)
+    options = ort.RunOptions()
+    options.only_execute_path_to_fetches = True
+    return session.run(outputs, feeds, options)  # type: ignore[no-any-return]

@@ -1,0 +1,118 @@
+"""ONNX Runtime in this process: one session, one worker thread."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from exporter.bundle import Bundle, BundleError, Manifest
+from server.backends.base import Batch, Outputs
+from vmoe.preprocess import normalize
+
+# In order of preference; the CUDA one exists only where onnxruntime-gpu is installed.
+_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+_LOAD_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
+
+
+class OrtBackend:
+    """Runs a bundle's graph.
+
+    Arguments:
+        bundle: its files were verified against the manifest.
+        threads: of one inference; 0 lets ONNX Runtime choose.
+
+    Raises:
+        BundleError: ONNX Runtime cannot load the graph, or its tensors are not those of the manifest.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        self._manifest = bundle.manifest
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        available = onnxruntime.get_available_providers()
+        providers = [provider for provider in _PROVIDERS if provider in available]
+        try:
+            self._session = onnxruntime.InferenceSession(bundle.model_path, options, providers=providers)
+        except _LOAD_ERRORS as error:
+            raise BundleError(f"ONNX Runtime cannot load {bundle.model_path}: {error}") from error
+        _check_tensors(self._session, bundle)
+        self._run_options = onnxruntime.RunOptions()
+        # `token_experts` costs nothing in batches that do not ask for it.
+        self._run_options.only_execute_path_to_fetches = True
+        # One thread: a second batch at the same time would only fight the first one for the cores.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="onnxruntime")
+
+    async def infer(self, batch: Batch) -> Outputs:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self._run, batch)
+
+    def close(self) -> None:
+        self._worker.shutdown()
+
+    def _run(self, batch: Batch) -> Outputs:
+        images = batch.images
+        feeds: dict[str, npt.NDArray[np.generic]] = {
+            "images": images if self._manifest.input == "uint8" else normalize(images, self._manifest.preprocessing)
+        }
+        if self._manifest.architecture.moe is None:
+            (logits,) = self._session.run(["logits"], feeds, self._run_options)
+            rows = len(images)
+            return Outputs(logits, np.zeros((rows, 0), np.float32), np.zeros((rows, 0, 0), np.int64), None)
+        feeds |= {"slots": batch.slots, "num_selected_experts": batch.num_selected_experts}
+        names = ["logits", "kept", "expert_load"] + ["token_experts"] * batch.explain
+        logits, kept, expert_load, *rest = self._session.run(names, feeds, self._run_options)
+        return Outputs(logits, kept, expert_load, rest[0] if rest else None)
+
+
+def _check_tensors(session: onnxruntime.InferenceSession, bundle: Bundle) -> None:
+    """Refuses a graph whose inputs or outputs differ from the manifest's in name, type or any fixed dimension."""
+    inputs, outputs = _expected_tensors(bundle.manifest)
+    for kind, expected, found in (
+        ("inputs", inputs, {node.name: (node.type, node.shape) for node in session.get_inputs()}),
+        ("outputs", outputs, {node.name: (node.type, node.shape) for node in session.get_outputs()}),
+    ):
+        if expected.keys() != found.keys():
+            raise BundleError(f"{bundle.model_path} has the {kind} {sorted(found)}, expected {sorted(expected)}")
+        for name, (dtype, shape) in expected.items():
+            found_dtype, found_shape = found[name]
+            # Names stand for dimensions that ONNX Runtime could not infer; only numbers can contradict.
+            agree = len(found_shape) == len(shape) and all(
+                seen == size for seen, size in zip(found_shape[1:], shape[1:], strict=True) if isinstance(seen, int)
+            )
+            if found_dtype != dtype or not agree:
+                raise BundleError(
+                    f"{bundle.model_path}: {name} is {found_dtype} {found_shape}, expected {dtype} {list(shape)}"
+                )
+
+
+_Tensors = dict[str, tuple[str, tuple[int | str, ...]]]
+
+
+def _expected_tensors(manifest: Manifest) -> tuple[_Tensors, _Tensors]:
+    """Inputs and outputs of the graph, as in the docstring of `exporter.bundle`."""
+    architecture, preprocessing = manifest.architecture, manifest.preprocessing
+    inputs: _Tensors = {"images": (_TYPES[manifest.input], ("B", *preprocessing.image_size, preprocessing.channels))}
+    outputs: _Tensors = {"logits": ("tensor(float)", ("B", architecture.num_classes))}
+    if architecture.moe is not None:
+        layers, experts = manifest.num_moe_layers, architecture.moe.num_experts
+        tokens, choices = architecture.tokens_per_image, manifest.max_selected_experts
+        inputs |= {"slots": ("tensor(int64)", ("B", layers)), "num_selected_experts": ("tensor(int64)", ("B", 1))}
+        outputs |= {
+            "kept": ("tensor(float)", ("B", layers)),
+            "expert_load": ("tensor(int64)", ("B", layers, experts)),
+            "token_experts": ("tensor(int64)", ("B", layers, tokens, choices)),
+        }
+    return inputs, outputs

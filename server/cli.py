@@ -1,0 +1,55 @@
+"""Command line: `python -m server --model-repository model_repository --model vmoe-fashion-mnist`.
+
+The options are the fields of `Settings`; pydantic-settings derives them, so no setting can lack one.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+from pydantic import ValidationError
+from pydantic_settings import CliApp
+
+from exporter.bundle import Bundle, BundleError
+from server.app import create_app
+from server.backends.ort import OrtBackend
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serves until SIGINT or SIGTERM. Exits with 2 on a bad setting, with 1 on a bundle that must not be served."""
+    try:
+        settings = CliApp.run(Settings, cli_args=None if arguments is None else list(arguments))
+    except ValidationError as error:
+        sys.exit(_report(error))
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        bundle = Bundle.load(settings.model_repository / settings.model)
+        backend = OrtBackend(bundle, settings.threads)
+        app = create_app(settings, bundle, backend, CollectorRegistry())
+    except BundleError as error:
+        logger.error("%s", error)
+        sys.exit(1)
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,  # counting is the metrics' job
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=settings.drain_timeout_s,
+    )
+
+
+def _report(error: ValidationError) -> int:
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        print(f"setting {name}: {item['msg']}, got {item['input']!r}" if name else item["msg"], file=sys.stderr)
+    return 2

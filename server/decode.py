@@ -1,0 +1,126 @@
+"""Encoded bytes to the model's uint8 array, for every kind of file that people send.
+
+Bytes and pixels are checked before any pixel is decoded, from the length and the header, so that a small file cannot
+unfold into gigabytes. Of animations the first frame counts. Transparent pixels are laid over white, as a browser does.
+Sixteen-bit values are scaled to eight bits. EXIF orientation is applied. Colour profiles are ignored, as in training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from server.errors import BrokenImage, ImageTooLarge, NotAnImage, TooManyPixels, UnsupportedMediaType
+from vmoe.preprocess import Preprocessing, fit
+
+# Pillow's other formats are left out: they are rarely needed and much less tested against hostile files.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MEDIA_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp")
+_ALIASES = ("image/jpg", "image/pjpeg", "image/x-png", "image/apng", "image/x-ms-bmp", "image/x-bmp")
+_BACKGROUND = (255, 255, 255, 255)
+
+# What Pillow raises on damaged files; it documents no common base class. Chosen by judgement; the tests mutate files.
+_PILLOW_ERRORS = (EOFError, IndexError, OSError, OverflowError, SyntaxError, ValueError, struct.error, zlib.error)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One image as it was sent.
+
+    Attributes:
+        data: the encoded file.
+        media_type: as declared, without parameters; empty when the client declared none.
+    """
+
+    data: bytes
+    media_type: str
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """What one image may cost: size of the encoded file, and width times height."""
+
+    max_image_bytes: int
+    max_image_pixels: int
+
+
+class Decoder:
+    """Decodes in a pool of threads, so that the event loop never waits for a large image."""
+
+    def __init__(self, preprocessing: Preprocessing, limits: DecodeLimits, threads: int) -> None:
+        self._preprocessing, self._limits = preprocessing, limits
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    async def decode(self, upload: Upload) -> npt.NDArray[np.uint8]:
+        """See `decode_image`."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, decode_image, upload, self._preprocessing, self._limits)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def is_image_type(media_type: str) -> bool:
+    return media_type in MEDIA_TYPES or media_type in _ALIASES
+
+
+def decode_image(upload: Upload, preprocessing: Preprocessing, limits: DecodeLimits) -> npt.NDArray[np.uint8]:
+    """(height, width, channels) uint8 of the model's size.
+
+    The content decides the format; the declared media type only has to be one of ours, or none at all.
+
+    Raises:
+        ImageError: the file is too large, of another type, no image, or damaged.
+    """
+    if len(upload.data) > limits.max_image_bytes:
+        raise ImageTooLarge(f"the image has {len(upload.data)} bytes; at most {limits.max_image_bytes} are accepted")
+    # curl and others declare octet-stream for a file name that they do not know.
+    if upload.media_type not in ("", "application/octet-stream") and not is_image_type(upload.media_type):
+        raise UnsupportedMediaType(f"{upload.media_type!r} is not accepted; send one of {', '.join(MEDIA_TYPES)}")
+    try:
+        with Image.open(BytesIO(upload.data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > limits.max_image_pixels:
+                raise TooManyPixels(
+                    f"the image has {width} x {height} pixels; at most {limits.max_image_pixels} are accepted"
+                )
+            image.load()
+            return fit(_flatten(ImageOps.exif_transpose(image)), preprocessing)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # Pillow has a limit of its own, above ours by default, and applies it when it reads the header.
+        raise TooManyPixels(f"the image has too many pixels; at most {limits.max_image_pixels} are accepted") from error
+    except UnidentifiedImageError as error:
+        raise NotAnImage(f"the content is none of {', '.join(FORMATS)}") from error
+    except _PILLOW_ERRORS as error:
+        raise BrokenImage("the image is truncated or damaged and cannot be decoded") from error
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Any mode of our formats to an opaque 8-bit image that `fit` may convert without losing meaning."""
+    if image.mode.startswith("I"):
+        return _to_8_bit(image)
+    if image.has_transparency_data:
+        foreground = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, _BACKGROUND), foreground).convert("RGB")
+    if image.mode == "CMYK":
+        # Pillow has inverted the values already: it takes every CMYK JPEG for one of Adobe's, and so do we.
+        return image.convert("RGB")
+    return image
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Sixteen-bit luminance (modes I;16 and I) to mode L, rounded. Pillow's own conversion clips instead."""
+    wide = np.asarray(image).clip(0, 65535).astype(np.uint32)
+    narrow = ((wide + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257
+    if (key := image.info.get("transparency")) is None:
+        return Image.fromarray(narrow)
+    opaque = np.where(wide == key, np.uint8(_BACKGROUND[0]), narrow)  # PNG: one grey value may mean "transparent"
+    return Image.fromarray(opaque)

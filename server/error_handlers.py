@@ -1,0 +1,48 @@
+"""Exceptions to responses: our own errors, those of starlette (unknown path, wrong method), FastAPI's parameter checks.
+
+What nobody expected is caught in `request_context`, and says nothing about itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.errors import GatewayError, InvalidParameter
+from server.problems import build_problem, describe_error, respond
+from server.query import ClassifyQuery
+from server.request_context import request_id_of
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    for kind in (GatewayError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _handle)
+
+
+async def _handle(request: Request, error: Exception) -> Response:
+    request_id = request_id_of(request.scope)
+    if isinstance(error, RequestValidationError):
+        error = InvalidParameter("; ".join(_explain(item) for item in error.errors()))
+    if isinstance(error, GatewayError):
+        headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+        return respond(describe_error(error, request_id), headers)
+    assert isinstance(error, HTTPException), "registered for these three only"
+    status = HTTPStatus(error.status_code)
+    detail = f"{request.method} {request.url.path}: {error.detail}"
+    problem = build_problem(status, status.name.lower(), status.phrase, detail, request_id)
+    return respond(problem, error.headers)
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    """One finding of pydantic in words: the parameter, what is wrong with it, and the value seen."""
+    name = ".".join(str(part) for part in item["loc"][1:])
+    if item["type"] == "extra_forbidden":
+        return f"unknown parameter {name[:40]!r}; allowed are {', '.join(ClassifyQuery.model_fields)}"
+    return f"{name}: {item['msg']}, got {str(item['input'])[:40]!r}"

@@ -1,0 +1,164 @@
+"""The HTTP interface. Follows one request: parameters, permit, body, classification, answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Query
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server import errors
+from server.answer import describe_model, describe_result
+from server.decode import MEDIA_TYPES
+from server.gateway import Gateway
+from server.problems import describe_error, problem_responses
+from server.query import ClassifyQuery, interpret
+from server.request_context import CLASSIFY_PATH, request_id_of, set_budget
+from server.schemas import Classification, Classifications, Health, ImageFailure, Models
+from server.upload import FIELD, UploadLimits, read_uploads
+
+_T = TypeVar("_T")
+
+_FILE = {"type": "string", "format": "binary"}
+_REQUEST_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": [FIELD],
+                    "properties": {FIELD: {"type": "array", "items": _FILE, "description": "one or several files"}},
+                }
+            }
+        }
+        | {media_type: {"schema": _FILE} for media_type in MEDIA_TYPES},
+    }
+}
+_CLASSIFY_ERRORS = (
+    errors.NotAnImage,
+    errors.BrokenImage,
+    errors.MalformedBody,
+    errors.NoImage,
+    errors.UploadTimeout,
+    errors.ImageTooLarge,
+    errors.TooManyPixels,
+    errors.BodyTooLarge,
+    errors.UnsupportedMediaType,
+    errors.InvalidParameter,
+    errors.InferenceFailed,
+    errors.NotReady,
+    errors.QueueFull,
+    errors.ShuttingDown,
+    errors.DeadlineExceeded,
+)
+
+
+def build_router(
+    gateway: Gateway, limits: UploadLimits, request_timeout_s: float, registry: CollectorRegistry
+) -> APIRouter:
+    """Routes that serve `gateway`."""
+    router = APIRouter()
+    manifest = gateway.bundle.manifest
+
+    @router.post(
+        CLASSIFY_PATH,
+        response_model=Classification | Classifications,
+        openapi_extra=_REQUEST_BODY,
+        responses=problem_responses(*_CLASSIFY_ERRORS),
+        summary="Classify one or several images",
+    )
+    async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -> Response:
+        """Send a file as the body, with its media type, or one or several in the multipart field `image`.
+
+        One image is answered with a `Classification`, several with `Classifications`, where a bad image has a problem
+        in its place. `budget` names an operating point of the model (see `/v1/models`); `capacity_factor` with
+        `num_selected_experts` sets one by hand.
+        """
+        loop = asyncio.get_running_loop()
+        arrival_s = loop.time()
+        deadline_s = arrival_s + request_timeout_s
+        ask = interpret(query, gateway.policy, len(manifest.labels))
+        set_budget(request.scope, ask.budget)
+        gateway.check_admits()
+        with gateway.admission.permit() as permit:
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    uploads = await read_uploads(request, limits, permit)
+            except TimeoutError as error:
+                raise errors.UploadTimeout(f"the body did not arrive within {request_timeout_s:g} s") from error
+            outcomes = await _while_connected(request, gateway.classify(uploads, ask, arrival_s, deadline_s))
+        request_id = request_id_of(request.scope)
+        if len(outcomes) == 1:
+            if isinstance(outcomes[0], errors.ImageError):
+                raise outcomes[0]
+            result = describe_result(outcomes[0], manifest, ask.top)
+            return _json(
+                Classification(request_id=request_id, model=manifest.name, version=manifest.version, **dict(result))
+            )
+        results = [
+            ImageFailure(error=describe_error(outcome, request_id))
+            if isinstance(outcome, errors.ImageError)
+            else describe_result(outcome, manifest, ask.top)
+            for outcome in outcomes
+        ]
+        return _json(
+            Classifications(request_id=request_id, model=manifest.name, version=manifest.version, results=results)
+        )
+
+    @router.get("/healthz", summary="The process lives")
+    async def healthz() -> Health:
+        return Health(status="ok")
+
+    @router.get(
+        "/readyz",
+        responses=problem_responses(errors.NotReady, errors.ShuttingDown),
+        summary="The model is warm and requests are admitted",
+    )
+    async def readyz() -> Health:
+        gateway.check_admits()
+        return Health(status=gateway.state)
+
+    @router.get("/v1/models", summary="The model, its operating points and budgets")
+    async def models() -> Models:
+        return Models(models=[describe_model(manifest, gateway.policy)])
+
+    @router.get("/metrics", response_class=Response, summary="Prometheus metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def _json(body: BaseModel) -> Response:
+    """Skips FastAPI's second validation of a body that we have just built."""
+    return Response(body.model_dump_json(), media_type="application/json")
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """Runs `work`, and cancels it when the client goes away, so that nobody computes for a closed connection.
+
+    The body must have been read: after it the server has nothing to say but that the client disconnected.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise errors.ClientGone("the client closed the connection before the answer")
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

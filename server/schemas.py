@@ -1,0 +1,143 @@
+"""Bodies of the answers, as they appear in the OpenAPI document."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Problem(_Body):
+    """RFC 9457 problem details."""
+
+    type: str = Field(description="URI that identifies the kind of problem")
+    title: str = Field(description="the kind of problem in words")
+    status: int = Field(description="HTTP status")
+    detail: str = Field(description="what was wrong, the value seen, and what would be right")
+    code: str = Field(description="stable name of the kind of problem, for programs")
+    request_id: str = Field(description="as in the header X-Request-ID")
+
+
+class Prediction(_Body):
+    index: int = Field(description="class index")
+    label: str = Field(description="class name")
+    probability: float = Field(description="softmax of the logits")
+
+
+class OperatingPointBody(_Body):
+    """Where the image was processed, and what was measured there."""
+
+    capacity_factor: float = Field(description="C: buffer slots over assignments")
+    num_selected_experts: int = Field(description="K: experts per token")
+    slots: list[int] = Field(description="buffer slots per expert, for each MoE layer")
+    accuracy: float | None = Field(description="measured top-1 accuracy; null where nothing was measured")
+    relative_compute: float | None = Field(
+        description="multiply-accumulates over those of the full point; null where the manifest has no such point"
+    )
+
+
+class Times(_Body):
+    """Stage times in milliseconds."""
+
+    decode_ms: float = Field(description="waiting for a decoder and decoding")
+    queue_ms: float = Field(description="waiting for batch mates and for the model")
+    inference_ms: float = Field(description="the whole batch in the model")
+    total_ms: float = Field(description="from the request's headers to this result, upload included")
+
+
+class ExpertExplanation(_Body):
+    expert: int
+    patches: list[tuple[int, int]] = Field(
+        description="(row, column) of each patch processed, from the top left; row r starts at pixel r * patch height"
+    )
+    class_token: bool | None = Field(
+        description="whether the class token was processed too; null for a model without one"
+    )
+
+
+class LayerExplanation(_Body):
+    layer: int = Field(description="index of the transformer block")
+    experts: list[ExpertExplanation] = Field(description="every expert, in order")
+
+
+class Explanation(_Body):
+    """Which patches the experts processed. A patch may occur under up to K experts, or under none: then the layer left
+    it as it was. The model's tokens are the class token, where it has one, then the patches row by row: patch (row,
+    column) is token row * columns + column, one more behind a class token."""
+
+    grid: tuple[int, int] = Field(description="(rows, columns) of patches")
+    layers: list[LayerExplanation]
+
+
+class Result(_Body):
+    """The answer to one image."""
+
+    predictions: list[Prediction] = Field(description="most probable first")
+    operating_point: OperatingPointBody | None = Field(description="null for a dense model")
+    kept: list[float] = Field(description="share of the token-to-expert assignments processed, for each MoE layer")
+    times: Times
+    explanation: Explanation | None = Field(default=None, description="only with explain=true")
+
+
+class ImageFailure(_Body):
+    """Stands in the list for an image that got no answer."""
+
+    error: Problem
+
+
+class _Answer(_Body):
+    request_id: str = Field(description="as in the header X-Request-ID")
+    model: str
+    version: str
+
+
+class Classification(_Answer, Result):
+    """The answer to a request with one image."""
+
+
+class Classifications(_Answer):
+    """The answer to a request with several images."""
+
+    results: list[Result | ImageFailure] = Field(description="one entry per image, in the order of the request")
+
+
+class Health(_Body):
+    status: str
+
+
+class LatencyBody(_Body):
+    batch_size: int
+    median_ms: float
+    p99_ms: float
+
+
+class ModelPoint(OperatingPointBody):
+    """An operating point of the manifest."""
+
+    dominated: bool = Field(description="another point is at least as accurate at no more compute; budgets skip it")
+    latency: list[LatencyBody] = Field(description="measured per batch size where the bundle was profiled")
+
+
+class BudgetPoint(_Body):
+    capacity_factor: float
+    num_selected_experts: int
+
+
+class Model(_Body):
+    """Summary of a manifest."""
+
+    name: str
+    version: str
+    labels: list[str]
+    image_size: tuple[int, int] = Field(description="(height, width) that images are resized to")
+    channels: int
+    max_selected_experts: int = Field(description="largest num_selected_experts; 0 for a dense model")
+    max_capacity_factor: float | None = Field(description="largest capacity_factor at K = 1; divide by K for others")
+    points: list[ModelPoint] = Field(description="from the cheapest to the full one; empty for a dense model")
+    budgets: dict[str, BudgetPoint | None] = Field(description="operating point of each budget")
+
+
+class Models(_Body):
+    models: list[Model]

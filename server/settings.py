@@ -1,0 +1,62 @@
+"""Every setting of the gateway, read once at start and passed down.
+
+Precedence: command line (`--max-wait-s 0.005`), environment (`VMOE_MAX_WAIT_S=0.005`), default. Defaults fit a laptop.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_MIB = 1 << 20
+
+
+class Settings(BaseSettings):
+    """V-MoE gateway: classifies images over HTTP, with capacity factor and selected experts chosen per request."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="VMOE_", frozen=True, cli_prog_name="python -m server", cli_kebab_case=True
+    )
+
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8080, ge=0, le=65535, description="TCP port to listen on")
+    model_repository: Path = Field(default=Path("model_repository"), description="directory that holds the bundles")
+    model: str = Field(default="vmoe-fashion-mnist", description="name of the bundle to serve")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least severity logged")
+
+    threads: int = Field(default=0, ge=0, description="threads of one inference; 0 lets ONNX Runtime choose")
+    decode_threads: int = Field(default=2, ge=1, description="images decoded at the same time")
+
+    # Chosen, not tuned: large enough that per-call overhead is small, small enough that nobody waits long for a batch.
+    max_batch_size: int = Field(default=16, ge=1, description="images per batch; the bundle's own limit applies too")
+    max_wait_s: float = Field(default=0.002, ge=0, description="how long an image waits for batch mates")
+
+    max_queue_images: int = Field(default=512, ge=1, description="images admitted and not yet answered")
+    max_queue_bytes: int = Field(default=256 * _MIB, ge=1, description="bytes held by uploads not yet answered")
+
+    max_image_bytes: int = Field(default=10 * _MIB, ge=1, description="size of one encoded image")
+    # Chosen, not tuned. Flattening RGBA holds about 15 bytes a pixel (three RGBA images, one RGB): 375 MB per thread.
+    max_image_pixels: int = Field(default=25_000_000, ge=1, description="width times height of one image")
+    max_images_per_request: int = Field(default=64, ge=1, description="images in one multipart body")
+    max_body_bytes: int = Field(default=64 * _MIB, ge=1, description="size of one multipart body")
+
+    request_timeout_s: float = Field(default=10.0, gt=0, description="time from a request's headers to its answer")
+    drain_timeout_s: int = Field(default=20, ge=0, description="time for open requests to finish at shutdown")
+
+    @model_validator(mode="after")
+    def _limits_fit_together(self) -> Settings:
+        if self.max_images_per_request > self.max_queue_images:
+            raise ValueError(
+                f"max_images_per_request ({self.max_images_per_request}) must not exceed max_queue_images "
+                f"({self.max_queue_images}): such a request could never be admitted"
+            )
+        largest_body = max(self.max_body_bytes, self.max_image_bytes)
+        if largest_body > self.max_queue_bytes:
+            raise ValueError(
+                f"max_body_bytes and max_image_bytes (up to {largest_body}) must not exceed max_queue_bytes "
+                f"({self.max_queue_bytes}): such a request could never be admitted"
+            )
+        return self

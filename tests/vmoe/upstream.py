@@ -1,0 +1,102 @@
+"""The reference's fixtures in tests/data/upstream: cases, settings, inputs and golden outputs. See the README there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vmoe.checkpoint import Checkpoint
+from vmoe.config import ModelConfig
+from vmoe.flax import read_parameters
+from vmoe.preprocess import Preprocessing
+from vmoe.reference import config_from_reference, state_from_reference
+
+DIRECTORY = Path(__file__).parents[1] / "data" / "upstream"
+# Cases with experts-per-item routing, or without experts.
+CASES = (
+    "token_k2",
+    "token_k2_sharded",
+    "token_k2_unknown",
+    "token_k2_unknown_trainstate",
+    "gap_k1_prelogits",
+    "map_head",
+    "dense_vit",
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One accepted setting of a case.
+
+    Attributes:
+        config: the case's model with the routing and the group of this setting.
+        slots: slots per expert in each MoE layer, (L,).
+        logits: (B, num_classes), golden.
+        run: key prefix of the golden routing tables, None for a dense model.
+    """
+
+    name: str
+    config: ModelConfig
+    slots: tuple[int, ...]
+    num_selected_experts: int
+    logits: npt.NDArray[np.float32]
+    run: str | None
+
+
+class Case:
+    """A checkpoint of the reference, read and converted.
+
+    Attributes:
+        inputs: (B, H, W, C) float32, normalised.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.directory = DIRECTORY / name
+        self._json = self.load_json("config.json")
+        size = self._json["image_size"]
+        self.config = config_from_reference(self._json["model"], (size[0], size[1]))
+        self.prefix = self.directory / self._json["checkpoint"]["prefix"]
+        self.inputs: npt.NDArray[np.float32] = np.load(self.directory / "inputs.npy")
+
+    def load_json(self, name: str) -> Any:
+        return json.loads((self.directory / name).read_text())
+
+    def checkpoint(self, config: ModelConfig | None = None) -> Checkpoint:
+        config = config or self.config
+        state = state_from_reference(read_parameters(self.prefix), config)
+        return Checkpoint(
+            config,
+            {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in state.items()},
+            Preprocessing(config.image_size, config.channels, (0.5,) * 3, (0.5,) * 3),
+            tuple(map(str, range(config.num_classes))),
+        )
+
+    def settings(self) -> Iterator[Setting]:
+        golden = np.load(self.directory / "golden_logits.npz")
+        layers = 0 if self.config.moe is None else len(self.config.moe.layers)
+        for entry in self.load_json("manifest.json")["settings"]:
+            if entry["status"] != "ok":
+                continue
+            logits = golden[entry["id"]]
+            if self.config.moe is None:
+                yield Setting(entry["id"], self.config, (), 0, logits, None)
+            elif entry["id"] == "as_configured":
+                point = self.config.operating_point
+                assert point is not None
+                slots, selected = self.config.slots(point), point.num_selected_experts
+                yield Setting(entry["id"], self.config, slots, selected, logits, None)
+            else:
+                moe = replace(
+                    self.config.moe,
+                    routing="bpr" if entry["batch_priority"] else "vanilla",
+                    group_images=len(self.inputs) if entry["group"] == "batch" else 1,
+                )
+                slots, selected = (entry["capacity"],) * layers, entry["num_selected_experts"]
+                yield Setting(entry["id"], replace(self.config, moe=moe), slots, selected, logits, entry["run"])

@@ -1,0 +1,5 @@
+"""`python -m vmoe`."""
+
+from vmoe.cli import app
+
+app(prog_name="python -m vmoe")

@@ -1,0 +1,156 @@
+"""Command line of the vmoe package: train and evaluate."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vmoe.checkpoint import load_checkpoint
+from vmoe.config import VARIANTS, ModelConfig, load_config
+from vmoe.data import FASHION_MNIST_DIRECTORY, FASHION_MNIST_MEAN, FASHION_MNIST_STD, load_images
+from vmoe.evaluate import evaluate as evaluate_points
+from vmoe.model import VisionTransformer
+from vmoe.operating_point import OperatingPoint, parse_point
+from vmoe.preprocess import Preprocessing
+from vmoe.train import TrainConfig, Trainer
+from vmoe.train import train as run_training
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train and evaluate V-MoE models.")
+console = Console()
+DEFAULTS = TrainConfig()
+
+# The ladder that evaluation prints when none is given: from the cheapest useful point to beyond full capacity.
+EVALUATION_POINTS = tuple(
+    OperatingPoint(capacity_factor, k) for k in (1, 2) for capacity_factor in (0.125, 0.25, 0.5, 0.75, 1.0, 1.5)
+)
+
+
+def main_progress() -> Progress:
+    """Bar with counts, remaining time and a free text field `status`."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+    )
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Option(help="Directory of the run: checkpoint and log.jsonl.")],
+    data: Annotated[Path, typer.Option(help="IDX directory or image folder.")] = FASHION_MNIST_DIRECTORY,
+    variant: Annotated[str, typer.Option(help=f"Named configuration: {', '.join(VARIANTS)}.")] = "vmoe_fashion_mnist",
+    config: Annotated[Path | None, typer.Option(help="Model configuration (JSON) instead of a variant.")] = None,
+    epochs: int = DEFAULTS.epochs,
+    batch_size: int = DEFAULTS.batch_size,
+    learning_rate: float = DEFAULTS.learning_rate,
+    warmup_steps: int = DEFAULTS.warmup_steps,
+    weight_decay: float = DEFAULTS.weight_decay,
+    label_smoothing: float = DEFAULTS.label_smoothing,
+    mixup: Annotated[float, typer.Option(help="Alpha of the Beta distribution; 0 is off.")] = DEFAULTS.mixup,
+    average_decay: Annotated[
+        float, typer.Option(help="Decay of the weight average; 0 is off.")
+    ] = DEFAULTS.average_decay,
+    shift: Annotated[float, typer.Option(help="Augmentation: largest shift as a share of the side.")] = DEFAULTS.shift,
+    scale: Annotated[float, typer.Option(help="Augmentation: largest zoom, ratio minus 1.")] = DEFAULTS.scale,
+    erase: Annotated[float, typer.Option(help="Augmentation: probability of an erased rectangle.")] = DEFAULTS.erase,
+    adaptive: Annotated[
+        float, typer.Option(help="Share of images that get a random (C, K) in each step.")
+    ] = DEFAULTS.adaptive,
+    adaptive_min_capacity_factor: float = DEFAULTS.adaptive_min_capacity_factor,
+    autocast: Annotated[str, typer.Option(help="bfloat16 or none.")] = DEFAULTS.autocast,
+    clip_norm: float = DEFAULTS.clip_norm,
+    seed: int = DEFAULTS.seed,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there is one.")] = "auto",
+    resume: Annotated[bool, typer.Option(help="Continue the run in --output if it holds a checkpoint.")] = False,
+) -> None:
+    """Trains a model; the averaged weights of the run end up in OUTPUT/checkpoint."""
+    logging.basicConfig(level=logging.INFO)
+    settings = TrainConfig(
+        epochs, batch_size, learning_rate, warmup_steps, weight_decay, label_smoothing, mixup, average_decay, shift,
+        scale, erase, adaptive, adaptive_min_capacity_factor, autocast, clip_norm, seed,
+    )  # fmt: skip
+    model_config = VARIANTS[variant] if config is None else load_config(config)
+    preprocessing = default_preprocessing(model_config)
+    images, held_out = (load_images(data, preprocessing, train=part) for part in (True, False))
+    trainer = Trainer(model_config, settings, images, preprocessing, torch.device(_device(device)))
+    checkpoint = output / "checkpoint"
+    if resume and checkpoint.exists():
+        trainer.resume(checkpoint, load_checkpoint(checkpoint).state)
+    points = [model_config.operating_point]
+    if model_config.moe is not None:
+        points.append(OperatingPoint(0.25, 1))
+
+    def accuracies(model: VisionTransformer) -> dict[str, float]:
+        # A glimpse on 2,000 images: a full pass after every epoch would take a tenth of the run.
+        found = evaluate_points(model, held_out, preprocessing, points, limit=2000)
+        return {f"accuracy_{result.point}": result.accuracy for result in found}
+
+    with main_progress() as bar:
+        task = bar.add_task("train", total=trainer.num_steps, completed=trainer.step, status="")
+
+        def report(step: int, values: dict[str, float]) -> None:
+            status = f"loss {values['loss']:.3f}  accuracy {values['train_accuracy']:.3f}"
+            bar.update(task, completed=step, status=status)
+
+        run_training(trainer, output, evaluate=accuracies, progress=report)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory with model.safetensors and config.json.")],
+    data: Annotated[Path, typer.Option(help="IDX directory or image folder.")] = FASHION_MNIST_DIRECTORY,
+    point: Annotated[
+        list[str] | None, typer.Option(help="Operating point as C,K (for example 0.25,1); repeat for several.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first images.")] = None,
+    device: str = "auto",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+) -> None:
+    """Prints top-1 accuracy and the share of assignments kept, per operating point."""
+    loaded = load_checkpoint(checkpoint)
+    images = load_images(data, loaded.preprocessing, train=False)
+    points: list[OperatingPoint | None] = [None]
+    if loaded.config.moe is not None:
+        points = [parse_point(text) for text in point] if point else list(EVALUATION_POINTS)
+    model = loaded.model().to(_device(device))
+    total = (len(images) if limit is None else min(limit, len(images))) * len(points)
+    with main_progress() as bar:
+        task = bar.add_task("evaluate", total=total, status="")
+        results = evaluate_points(
+            model, images, loaded.preprocessing, points, limit=limit, advance=lambda n: bar.advance(task, n)
+        )
+    table = Table("C", "K", "slots", "accuracy", "kept per MoE layer", title=f"{results[0].num_images} images")
+    for result in results:
+        c, k = (
+            ("-", "-")
+            if result.point is None
+            else (f"{result.point.capacity_factor:g}", str(result.point.num_selected_experts))
+        )
+        slots = ", ".join(map(str, result.slots))
+        table.add_row(c, k, slots, f"{100 * result.accuracy:.2f} %", "  ".join(f"{x:.3f}" for x in result.kept))
+    console.print(table)
+    if json_path is not None:
+        json_path.write_text(json.dumps([asdict(result) for result in results], indent=2))
+
+
+def default_preprocessing(config: ModelConfig) -> Preprocessing:
+    """Fashion-MNIST's statistics for one channel, the value range -1..1 of the reference for three."""
+    if config.channels == 1:
+        return Preprocessing(config.image_size, 1, FASHION_MNIST_MEAN, FASHION_MNIST_STD)
+    return Preprocessing(config.image_size, 3, (0.5,) * 3, (0.5,) * 3)
+
+
+def _device(name: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

@@ -1,0 +1,197 @@
+"""Labelled images: IDX files (Fashion-MNIST, MNIST) and folders of images, one class per sub-folder; augmentation.
+
+Axes: N images, H and W pixels, C channels. Images stay uint8 until the model's normalisation.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from vmoe.preprocess import Preprocessing, fit
+
+# Debian's package dataset-fashion-mnist puts the files here.
+FASHION_MNIST_DIRECTORY = Path("/usr/share/datasets/fashion-mnist")
+FASHION_MNIST_LABELS = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+# Mean and standard deviation of the 60,000 training images, pixels scaled to 0..1.
+FASHION_MNIST_MEAN, FASHION_MNIST_STD = (0.2860,), (0.3530,)
+
+_IDX_UINT8 = 0x08  # type code in the third byte of an IDX file
+_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+
+
+class DataError(ValueError):
+    """A data set that is missing or malformed; the message names the file and what was expected."""
+
+
+class LabelledImages(Protocol):
+    """A data set of which any part can be read as arrays."""
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        """Images (N, H, W, C) and class indices (N,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class IdxImages:
+    """An IDX data set, held in memory. Build it with `load_idx`."""
+
+    images: npt.NDArray[np.uint8]
+    targets: npt.NDArray[np.int64]
+    labels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def read(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        return self.images[indices], self.targets[indices]
+
+
+class ImageFolder:
+    """`root/<class name>/<image file>`; classes are numbered in alphabetical order. Files are decoded when read."""
+
+    def __init__(self, root: Path, preprocessing: Preprocessing, threads: int = 8) -> None:
+        if not root.is_dir():
+            raise DataError(f"{root} is not a directory")
+        classes = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        if not classes:
+            raise DataError(f"{root} holds no sub-folders; expected one per class: {root}/<class name>/<image file>")
+        self.labels = tuple(path.name for path in classes)
+        self._files = [
+            (file, index)
+            for index, folder in enumerate(classes)
+            for file in sorted(folder.rglob("*"))
+            if file.suffix.lower() in _IMAGE_SUFFIXES
+        ]
+        if not self._files:
+            raise DataError(f"{root} holds no images; known suffixes are {sorted(_IMAGE_SUFFIXES)}")
+        self._preprocessing = preprocessing
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        chosen = [self._files[index] for index in indices]
+        images = np.stack(list(self._pool.map(self._decode, [file for file, _ in chosen])))
+        return images, np.array([target for _, target in chosen], dtype=np.int64)
+
+    def _decode(self, file: Path) -> npt.NDArray[np.uint8]:
+        try:
+            with Image.open(file) as image:
+                return fit(image, self._preprocessing)
+        except OSError as error:
+            raise DataError(f"{file} cannot be decoded: {error}") from error
+
+
+def load_idx(directory: Path, split: str) -> IdxImages:
+    """Reads `<split>-images-idx3-ubyte` and `<split>-labels-idx1-ubyte`, plain or gzipped.
+
+    Arguments:
+        directory: holds the files.
+        split: `train` or `t10k`.
+
+    Raises:
+        DataError: a file is missing, is not IDX, or images and labels do not match.
+    """
+    images = _read_idx(directory, f"{split}-images-idx3-ubyte", dimensions=3)[..., None]
+    targets = _read_idx(directory, f"{split}-labels-idx1-ubyte", dimensions=1).astype(np.int64)
+    if len(images) != len(targets):
+        raise DataError(f"{directory}: {len(images)} images but {len(targets)} labels in split {split!r}")
+    num_classes = int(targets.max(initial=0)) + 1
+    labels = FASHION_MNIST_LABELS if num_classes == len(FASHION_MNIST_LABELS) else tuple(map(str, range(num_classes)))
+    return IdxImages(images, targets, labels)
+
+
+def load_images(path: Path, preprocessing: Preprocessing, *, train: bool) -> LabelledImages:
+    """A data set from a path: a directory of IDX files, or a folder with one sub-folder per class.
+
+    A folder may hold the splits `train` and `val` (or `test`), each with the classes.
+    """
+    split = "train" if train else "t10k"
+    if any(path.glob(f"{split}-images-idx3-ubyte*")):
+        return load_idx(path, split)
+    for name in ("train",) if train else ("val", "test"):
+        if (path / name).is_dir():
+            return ImageFolder(path / name, preprocessing)
+    return ImageFolder(path, preprocessing)
+
+
+def augment(images: Tensor, generator: torch.Generator, *, shift: float, scale: float, erase: float) -> Tensor:
+    """Random flip, shift, zoom and erasure of a batch, the same on every device for the same generator state.
+
+    Arguments:
+        images: (N, H, W, C) float, normalised.
+        generator: a CPU generator.
+        shift: largest shift, as a share of the side; the border is repeated.
+        scale: largest zoom in or out, as a ratio minus 1.
+        erase: probability that a rectangle of 2 to 20 % of the area is set to the mean (random erasing, 1708.04896).
+    """
+    count, height, width, _ = images.shape
+    uniform = torch.rand(8, count, generator=generator).to(images.device)
+    flip = torch.where(uniform[0] < 0.5, -1.0, 1.0)
+    zoom = (uniform[1] * 2 - 1) * scale + 1
+    theta = torch.zeros(count, 2, 3, device=images.device)
+    theta[:, 0, 0], theta[:, 1, 1] = flip * zoom, zoom
+    theta[:, 0, 2], theta[:, 1, 2] = (uniform[2] * 2 - 1) * 2 * shift, (uniform[3] * 2 - 1) * 2 * shift
+    grid = functional.affine_grid(theta, [count, 1, height, width], align_corners=False)
+    moved = functional.grid_sample(images.permute(0, 3, 1, 2), grid, padding_mode="border", align_corners=False)
+
+    area = 0.02 + 0.18 * uniform[4]
+    aspect = torch.exp((uniform[5] * 2 - 1) * math.log(3.0))
+    half_height, half_width = (area * aspect).sqrt() / 2 * height, (area / aspect).sqrt() / 2 * width
+    rows = torch.arange(height, device=images.device) - uniform[6, :, None] * height
+    columns = torch.arange(width, device=images.device) - uniform[7, :, None] * width
+    hole = (rows.abs() < half_height[:, None])[:, :, None] & (columns.abs() < half_width[:, None])[:, None, :]
+    erased = (torch.rand(count, generator=generator).to(images.device) < erase)[:, None, None] & hole
+    return moved.permute(0, 2, 3, 1).masked_fill(erased[..., None], 0.0)
+
+
+def _read_idx(directory: Path, name: str, dimensions: int) -> npt.NDArray[np.uint8]:
+    path = next((p for p in (directory / name, directory / f"{name}.gz") if p.is_file()), None)
+    if path is None:
+        raise DataError(
+            f"{directory / name}[.gz] does not exist; for Fashion-MNIST install Debian's package dataset-fashion-mnist "
+            "or give the directory that holds the four IDX files"
+        )
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    header = struct.Struct(f">HBB{dimensions}I")
+    if len(raw) < header.size:
+        raise DataError(f"{path} is truncated: {len(raw)} bytes, the header alone has {header.size}")
+    zero, kind, found, *shape = header.unpack_from(raw)
+    if zero != 0 or kind != _IDX_UINT8 or found != dimensions:
+        raise DataError(f"{path} is not an IDX file of uint8 with {dimensions} dimensions")
+    if len(raw) - header.size != math.prod(shape):
+        raise DataError(f"{path}: shape {shape} needs {math.prod(shape)} bytes of data, found {len(raw) - header.size}")
+    return np.frombuffer(raw, np.uint8, offset=header.size).reshape(shape)

@@ -1,0 +1,85 @@
+"""Pixels to model input: the one definition, used by training, evaluation, export and the gateway. Torch-free.
+
+Two steps, split where the data gets small: `fit` turns a decoded image of any size into the uint8 array that the model
+expects; `normalize` maps that array to floats. The exported graph holds the second step: the gateway ships bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Fit = Literal["stretch", "center_crop"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the input of one model.
+
+    Attributes:
+        image_size: (height, width) in pixels.
+        channels: 1 (luminance) or 3 (RGB).
+        mean, std: per channel, for pixels scaled to 0..1; 0.5 and 0.5 give the value range -1..1 of the reference.
+        fit: `stretch` to the exact size, or `center_crop`: scale, then cut out the middle.
+        crop_fraction: with `center_crop`, side of the crop over the scaled shorter side (224 / 256 = 0.875 is usual).
+    """
+
+    image_size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fit: Fit = "stretch"
+    crop_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {self.channels}")
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(f"mean and std need {self.channels} values each, got {self.mean} and {self.std}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0, got {self.std}")
+        if self.fit not in ("stretch", "center_crop"):
+            raise ValueError(f"fit must be 'stretch' or 'center_crop', got {self.fit!r}")
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"crop_fraction must be above 0 and at most 1, got {self.crop_fraction}")
+
+
+def fit(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Resizes a decoded image (mode L or RGB): (height, width, channels) uint8.
+
+    An image that already has the right size passes through untouched, byte for byte.
+    """
+    height, width = preprocessing.image_size
+    image = image.convert("L" if preprocessing.channels == 1 else "RGB")
+    if image.size != (width, height):
+        box = None if preprocessing.fit == "stretch" else _crop_box(image.size, preprocessing)
+        # One resampling from the source box: cutting first or after gives the same pixels up to rounding, at less work.
+        image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(image, dtype=np.uint8).reshape(height, width, preprocessing.channels)
+
+
+def normalize(images: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+    """(..., channels) uint8 -> float32, `(pixel / 255 - mean) / std` as `pixel * scale + offset`."""
+    scale, offset = scale_and_offset(preprocessing)
+    return images.astype(np.float32) * scale + offset
+
+
+def scale_and_offset(preprocessing: Preprocessing) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Per-channel factors (channels,) of `normalize`, computed in double precision."""
+    mean, std = np.asarray(preprocessing.mean), np.asarray(preprocessing.std)
+    return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
+
+def _crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[float, float, float, float]:
+    """Largest centred box of the model's aspect ratio, shrunk by `crop_fraction`: (left, top, right, bottom)."""
+    width, height = size
+    model_height, model_width = preprocessing.image_size
+    scale = min(width / model_width, height / model_height) * preprocessing.crop_fraction
+    half_width, half_height = model_width * scale / 2, model_height * scale / 2
+    return width / 2 - half_width, height / 2 - half_height, width / 2 + half_width, height / 2 + half_height

@@ -1,0 +1,101 @@
+"""Routing: from gates to (expert, slot) assignments, and the losses that balance the load. No parameters.
+
+Axes: G routing groups, S tokens per group, E experts, K choices per token.
+
+Source: paper, section 2 (router, capacity) and section 4 (Batch Priority Routing, algorithm 2); appendix A for the
+losses. The order of the queue of every expert is: all first choices before all second choices, and within a choice the
+token's position (vanilla) or its top-1 gate, descending, ties by position (BPR). A pair that does not fit still
+consumes its queue position. Gates are a softmax over all E experts and are not renormalised after the top K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vmoe.config import Routing
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which expert and which slot every (token, choice) pair gets.
+
+    Attributes:
+        expert_index: (G, S, K) int64, experts of a token, best first.
+        buffer_index: (G, S, K) int64, position in the queue of that expert.
+        weights: (G, S, K), combine weight of each choice, not renormalised.
+        kept: (G, S, K) bool, the pair has a slot and its choice is among the group's own K.
+    """
+
+    expert_index: Tensor
+    buffer_index: Tensor
+    weights: Tensor
+    kept: Tensor
+
+
+def assign_experts_per_item(
+    gates: Tensor,
+    num_selected_experts: Tensor,
+    slots: Tensor,
+    *,
+    max_selected_experts: int,
+    routing: Routing,
+) -> Assignment:
+    """Every token chooses its K best experts; every expert serves its queue until the slots are used up.
+
+    Arguments:
+        gates: (G, S, E) softmax over experts.
+        num_selected_experts: (G,) int64, the K of each group, at most `max_selected_experts`.
+        slots: (G,) int64, slots per expert in each group; 0 skips the layer.
+        max_selected_experts: size K of the result's last axis.
+        routing: queue order.
+    """
+    num_experts = gates.shape[-1]
+    # Stable sort and not topk: torch.topk promises no order among ties, the reference takes the lower index.
+    weights, expert_index = gates.sort(dim=-1, descending=True, stable=True)
+    weights, expert_index = weights[..., :max_selected_experts], expert_index[..., :max_selected_experts]
+    chosen = torch.arange(max_selected_experts, device=gates.device) < num_selected_experts[:, None]  # (G, K)
+
+    if routing == "bpr":
+        order = weights[..., 0].argsort(dim=-1, descending=True, stable=True)  # (G, S): token at each rank
+        ranked = expert_index.gather(1, order[..., None].expand_as(expert_index))
+    else:
+        ranked = expert_index
+    # Queue: choice-major, then rank. A choice beyond the group's own K enters no queue.
+    queue = torch.nn.functional.one_hot(ranked.transpose(1, 2), num_experts) * chosen[:, :, None, None]  # (G, K, S, E)
+    position = queue.flatten(1, 2).cumsum(dim=1).view_as(queue) - 1
+    buffer_index = position.gather(-1, ranked.transpose(1, 2)[..., None])[..., 0].transpose(1, 2)  # (G, S, K) by rank
+    if routing == "bpr":
+        buffer_index = torch.empty_like(buffer_index).scatter(1, order[..., None].expand_as(buffer_index), buffer_index)
+    kept = (buffer_index < slots[:, None, None]) & chosen[:, None, :]
+    return Assignment(expert_index, buffer_index, weights, kept)
+
+
+def importance_loss(gates: Tensor) -> Tensor:
+    """Squared coefficient of variation of the experts' total gate (paper, appendix A.1).
+
+    Arguments:
+        gates: (..., E) softmax without noise. All leading axes are summed: the loss balances the batch, not each group,
+            since groups of one image need not be balanced.
+    """
+    importance = gates.flatten(0, -2).sum(0)
+    return _squared_variation(importance)
+
+
+def load_loss(logits: Tensor, noisy_logits: Tensor, noise_std: float, num_selected_experts: int) -> Tensor:
+    """Squared coefficient of variation of the experts' chance to be chosen under fresh noise (paper, appendix A.2).
+
+    Arguments:
+        logits, noisy_logits: (..., E) before and after noise.
+        noise_std: standard deviation of the noise that was added.
+        num_selected_experts: K; the threshold to beat is the K-th largest noisy logit.
+    """
+    threshold = noisy_logits.topk(num_selected_experts, dim=-1).values[..., -1:]
+    probability = 1 - torch.special.ndtr((threshold - logits) / noise_std)
+    return _squared_variation(probability.flatten(0, -2).mean(0))
+
+
+def _squared_variation(per_expert: Tensor) -> Tensor:
+    return per_expert.var(unbiased=False) / per_expert.mean().square()
