@@ -38,7 +38,7 @@ def test_logits_at_every_golden_setting_equal_the_reference(name: str) -> None:
 @torch.inference_mode()
 def test_assignments_at_every_golden_setting_equal_the_reference(name: str) -> None:
     case = Case(name)
-    tables = np.load(case.directory / "golden_routing.npz")
+    tables = case.routing_tables()
     settings = [setting for setting in case.settings() if setting.run is not None]
     models = {config: case.checkpoint(config).model() for config in {setting.config for setting in settings}}
     for setting in settings:

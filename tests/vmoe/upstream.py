@@ -68,6 +68,11 @@ class Case:
     def load_json(self, name: str) -> Any:
         return json.loads((self.directory / name).read_text())
 
+    def routing_tables(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Golden tables of the MoE layers by `<run>/<block>/<name>`; empty for a dense model."""
+        path = self.directory / "golden_routing.npz"
+        return dict(np.load(path)) if path.exists() else {}
+
     def checkpoint(self, config: ModelConfig | None = None) -> Checkpoint:
         config = config or self.config
         state = state_from_reference(read_parameters(self.prefix), config)
