@@ -17,6 +17,9 @@ experts that the graph accepts:
     expert_load           (B, L, E) int64, tokens processed by each expert
     token_experts         (B, L, S, K) int64, expert that processed the token as its k-th choice, -1 where none did
 
+Where experts choose their tokens (`router` is items_per_expert) there is no K: `num_selected_experts` must be 1, `kept`
+is the mean number of experts per token, and `token_experts` has E choices, of which the e-th is e or -1.
+
 A dense model has `images` and `logits` alone.
 """
 
@@ -164,6 +167,12 @@ class Manifest(_Model):
     @property
     def num_moe_layers(self) -> int:
         return 0 if self.architecture.moe is None else len(self.architecture.moe.layers)
+
+    @property
+    def choices_per_token(self) -> int:
+        """Last axis of the graph's `token_experts`."""
+        moe = self.architecture.moe
+        return self.max_selected_experts if moe is None else moe.choices_per_token(self.max_selected_experts)
 
 
 class Bundle:

@@ -7,7 +7,8 @@ The dispatch is ragged: of every MoE layer only the kept pairs are computed, so 
 mix operating points. Per layer:
 
     key[t, e]   choice * T + rank of token t if it chose expert e, else NO_CHOICE. Keys of an expert are unique, their
-                order is the expert's queue: all first choices before all second ones, then the rank.
+                order is the expert's queue: all first choices before all second ones, then the rank. Where experts
+                choose their tokens it is the token's rank in the expert's order.
     limit[e]    the key in the last slot: the slots-th smallest of key[:, e]
     kept        key <= limit, as a mask (E, N)
     rows        NonZero lists the kept pairs by expert, then token; one Gather, one Split with run-time sizes
@@ -78,6 +79,7 @@ class _Builder:
         self.config, self.state, self.preprocessing = config, state, preprocessing
         self.input_type, self.weight_type = input_type, weight_type
         self.max_selected = max_selected_experts or (0 if config.moe is None else config.moe.num_selected_experts)
+        self.choices = 0 if config.moe is None else config.moe.choices_per_token(self.max_selected)
         self.tape = ir.tape.Tape()
         self.constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self.kept: list[ir.Value] = []
@@ -107,7 +109,7 @@ class _Builder:
             for name, values, dtype, shape in (
                 ("kept", self.kept, ir.DataType.FLOAT, [layers]),
                 ("expert_load", self.expert_load, ir.DataType.INT64, [layers, moe.num_experts]),
-                ("token_experts", self.token_experts, ir.DataType.INT64, [layers, per_image, self.max_selected]),
+                ("token_experts", self.token_experts, ir.DataType.INT64, [layers, per_image, self.choices]),
             ):
                 outputs.append(self._output(name, self.op("Concat", *values, axis=1), dtype, ["batch", *shape]))
         graph = ir.Graph(
@@ -295,7 +297,10 @@ class _Builder:
             selected_by_group = selected
         router = self.weight(f"{name}.router.weight", self.state[f"{name}.router.weight"].T)
         gates = self.op("Softmax", self.op("MatMul", normed, router), axis=-1)  # (N, E)
-        keys, experts = self._keys(gates, selected_by_group, moe)
+        if moe.router == "items_per_expert":
+            keys, experts = self._keys_of_choosing_experts(gates, moe)
+        else:
+            keys, experts = self._keys(gates, selected_by_group, moe)
         kept = self._fill(keys, slots)  # (G, E, T)
         self._record(kept, experts, selected, moe)
         by_expert = self.reshape(self.op("Transpose", kept, perm=[1, 0, 2]), moe.num_experts, -1)  # (E, N)
@@ -312,10 +317,7 @@ class _Builder:
         choice = self.constant(np.arange(self.max_selected))
         if moe.routing == "bpr":
             first = self.op("Gather", top, self.constant(0), axis=2)  # (G, T)
-            all_tokens = self.constant([tokens])
-            _, order = self.tape.op_multi_out("TopK", [first, all_tokens], num_outputs=2)
-            _, rank = self.tape.op_multi_out("TopK", [order, all_tokens], {"largest": 0}, num_outputs=2)  # its inverse
-            rank = self.reshape(rank, -1, tokens, 1)
+            rank = self.reshape(self._rank(first, tokens), -1, tokens, 1)
         else:
             rank = self.constant(np.arange(tokens)[:, None])
         key = self.op("Add", rank, self.constant(np.arange(self.max_selected) * tokens))  # (G, T, K)
@@ -325,6 +327,20 @@ class _Builder:
         empty = self.op("Expand", no_choice, self.op("Shape", grouped))
         keys = self.op("ScatterElements", empty, experts, key, axis=2)
         return self.op("Transpose", keys, perm=[0, 2, 1]), experts
+
+    def _keys_of_choosing_experts(self, gates: ir.Value, moe: MoeConfig) -> tuple[ir.Value, ir.Value]:
+        """Ranks of the tokens for every expert (G, E, T), and experts (G, T, E) of which choice e is e."""
+        tokens = self.config.tokens_per_image * moe.group_images
+        grouped = self.reshape(gates, -1, tokens, moe.num_experts)
+        keys = self._rank(self.op("Transpose", grouped, perm=[0, 2, 1]), tokens)
+        return keys, self.op("Expand", self.constant(np.arange(moe.num_experts)), self.op("Shape", grouped))
+
+    def _rank(self, scores: ir.Value, tokens: int) -> ir.Value:
+        """Rank of every score along the last axis of size `tokens`, 0 for the largest; ties by the lower index."""
+        count = self.constant([tokens])
+        _, order = self.tape.op_multi_out("TopK", [scores, count], num_outputs=2)
+        _, rank = self.tape.op_multi_out("TopK", [order, count], {"largest": 0}, num_outputs=2)  # its inverse
+        return rank
 
     def _fill(self, keys: ir.Value, slots: ir.Value) -> ir.Value:
         """Which tokens get a slot: keys (G, E, T), slots (G, 1) -> mask (G, E, T)."""
@@ -344,13 +360,13 @@ class _Builder:
         return self.op("LessOrEqual", keys, limit)
 
     def _record(self, kept: ir.Value, experts: ir.Value, selected: ir.Value, moe: MoeConfig) -> None:
-        """Adds this layer to the outputs; kept (G, E, T), experts (G, T, K), selected (B, 1)."""
+        """Adds this layer to the outputs; kept (G, E, T), experts (G, T, choices), selected (B, 1)."""
         per_image = self.config.tokens_per_image
         if moe.group_images > 1:
             kept = self.reshape(kept, -1, moe.num_experts, moe.group_images, per_image)
             kept = self.op("Transpose", kept, perm=[0, 2, 1, 3])
             kept = self.reshape(kept, -1, moe.num_experts, per_image)
-            experts = self.reshape(experts, -1, per_image, self.max_selected)
+            experts = self.reshape(experts, -1, per_image, self.choices)
         load = self.op("ReduceSum", self.op("Cast", kept, to=ir.DataType.INT64.value), self.constant([2]), keepdims=0)
         float32 = ir.DataType.FLOAT.value
         served = self.op("Cast", self.op("ReduceSum", load, self.constant([1])), to=float32)

@@ -219,7 +219,8 @@ def _assignments(config: ModelConfig, point: Point) -> list[float]:
     asked = config.tokens_per_image * point.num_selected_experts
     if point.kept is not None:
         return [share * asked for share in point.kept]
-    return [min(slots * config.moe.num_experts / group, asked) for slots in point.slots]
+    filled = [slots * config.moe.num_experts / group for slots in point.slots]
+    return filled if config.moe.router == "items_per_expert" else [min(pairs, asked) for pairs in filled]
 
 
 def _beats(one: Point, other: Point) -> bool:

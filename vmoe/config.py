@@ -16,6 +16,7 @@ from vmoe.operating_point import OperatingPoint, Rounding, slots_per_expert
 Classifier = Literal["token", "gap", "map"]
 PositionEmbedding = Literal["learned", "sincos2d", "none"]
 Routing = Literal["bpr", "vanilla"]
+RouterKind = Literal["experts_per_item", "items_per_expert"]
 
 
 _Config = TypeVar("_Config")
@@ -34,6 +35,9 @@ class MoeConfig:
         layers: indices of the blocks whose MLP is a mixture of experts, ascending.
         num_selected_experts: K of the training run.
         capacity_factor: C of the training run.
+        router: `experts_per_item` (every token chooses its K best experts; the paper's) or `items_per_expert` (every
+            expert chooses its best tokens, 'expert choice', 2202.09368). The latter has neither K, which must be 1, nor
+            a queue order; C is then the mean number of experts per token.
         routing: `bpr` (Batch Priority Routing) or `vanilla` (position order).
         noise_std: standard deviation of the router noise in training, in units of 1/E (paper: 1).
         importance_loss_weight, load_loss_weight: weights of the auxiliary losses (paper, appendix A: 0.005 each).
@@ -45,6 +49,7 @@ class MoeConfig:
     layers: tuple[int, ...]
     num_selected_experts: int = 2
     capacity_factor: float = 1.05
+    router: RouterKind = "experts_per_item"
     routing: Routing = "bpr"
     noise_std: float = 1.0
     importance_loss_weight: float = 0.005
@@ -60,12 +65,25 @@ class MoeConfig:
                 f"num_selected_experts must be between 1 and num_experts = {self.num_experts}, "
                 f"got {self.num_selected_experts}"
             )
+        if self.router not in ("experts_per_item", "items_per_expert"):
+            raise ConfigError(f"router must be 'experts_per_item' or 'items_per_expert', got {self.router!r}")
+        if self.router == "items_per_expert" and self.num_selected_experts != 1:
+            raise ConfigError(f"items_per_expert has no K: num_selected_experts is 1, got {self.num_selected_experts}")
         if self.routing not in ("bpr", "vanilla"):
             raise ConfigError(f"routing must be 'bpr' or 'vanilla', got {self.routing!r}")
         if list(self.layers) != sorted(set(self.layers)) or not self.layers:
             raise ConfigError(f"layers must be a non-empty ascending list of block indices, got {list(self.layers)}")
         if self.group_images < 1:
             raise ConfigError(f"group_images must be at least 1, got {self.group_images}")
+
+    @property
+    def most_selected_experts(self) -> int:
+        """Largest K that a forward pass may ask for."""
+        return 1 if self.router == "items_per_expert" else self.num_experts
+
+    def choices_per_token(self, max_selected_experts: int) -> int:
+        """Number of experts that a token may get, when K is at most `max_selected_experts`."""
+        return self.num_experts if self.router == "items_per_expert" else max_selected_experts
 
 
 @dataclass(frozen=True)
@@ -128,16 +146,18 @@ class ModelConfig:
         """Slots per expert of each MoE layer at an operating point: (L,).
 
         Raises:
-            ValueError: K above E, or no slot is left (see `slots_per_expert`).
+            ValueError: K above E, no slot is left (see `slots_per_expert`), or an expert that chooses its tokens would
+                have more slots than there are tokens in a group.
         """
         if self.moe is None:
             return ()
-        if point.num_selected_experts > self.moe.num_experts:
+        if point.num_selected_experts > self.moe.most_selected_experts:
             raise ValueError(
-                f"num_selected_experts must be at most num_experts = {self.moe.num_experts}, "
-                f"got {point.num_selected_experts}"
+                f"num_selected_experts must be at most {self.moe.most_selected_experts} for {self.moe.router} routing "
+                f"with {self.moe.num_experts} experts, got {point.num_selected_experts}"
             )
-        assignments = self.tokens_per_image * self.moe.group_images * point.num_selected_experts
+        tokens = self.tokens_per_image * self.moe.group_images
+        assignments = tokens * point.num_selected_experts
         slots = slots_per_expert(
             assignments,
             self.moe.num_experts,
@@ -145,6 +165,11 @@ class ModelConfig:
             rounding=self.moe.capacity_rounding,
             multiple=self.moe.capacity_multiple,
         )
+        if self.moe.router == "items_per_expert" and slots > tokens:
+            raise ValueError(
+                f"capacity factor {point.capacity_factor} asks every expert to choose {slots} of {tokens} tokens; "
+                f"with {self.moe.num_experts} experts it must be at most {self.moe.num_experts}"
+            )
         return (slots,) * len(self.moe.layers)
 
     def to_json(self) -> str:

@@ -26,7 +26,8 @@ class RoutingStatistics:
     """What the MoE layers did with each image.
 
     Attributes:
-        kept: (B, L) float32, share of the image's K * S assignments that were processed.
+        kept: (B, L) float32, share of the image's K * S assignments that were processed. Where experts choose their
+            tokens K counts as 1, and this is the mean number of experts per token.
         expert_load: (B, L, E) int64, tokens processed by each expert.
         processed: (B, L, S) int64, number of experts that processed each token.
         layers: raw output of each MoE layer, by routing group.
@@ -259,8 +260,9 @@ class VisionTransformer(nn.Module):
             )
         if max_selected is None:
             max_selected = int(num_selected.max())
-        if not 1 <= max_selected <= config.moe.num_experts:
-            raise ValueError(f"num_selected_experts must be 1 to {config.moe.num_experts}, got {max_selected}")
+        most = config.moe.most_selected_experts
+        if not 1 <= max_selected <= most:
+            raise ValueError(f"num_selected_experts must be 1 to {most}, got {max_selected}")
         stride = config.moe.group_images
         return slots[::stride], num_selected[::stride], max_selected
 

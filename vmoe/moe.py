@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vmoe.config import MoeConfig
-from vmoe.routing import Assignment, assign_experts_per_item, importance_loss, load_loss
+from vmoe.routing import (
+    Assignment,
+    assign_experts_per_item,
+    assign_items_per_expert,
+    importance_loss,
+    load_loss,
+)
 
 # Rows of every expert are padded to a multiple of this. oneDNN compiles a kernel per shape: with ragged row counts the
 # compilation took longer than the bfloat16 product itself (1.0 against 0.3 ms, EPYC with AVX-512, torch 2.13).
@@ -111,20 +117,29 @@ class MoeMlp(nn.Module):
             std = self.config.noise_std / self.config.num_experts
             noise = torch.randn(logits.shape, generator=generator, device=logits.device) * std
             routed_gates = (logits + noise).softmax(dim=-1)
-            auxiliary_loss = self.config.importance_loss_weight * importance_loss(gates)
-            if std > 0:
-                auxiliary_loss = auxiliary_loss + self.config.load_loss_weight * load_loss(
-                    logits, logits + noise, std, self.config.num_selected_experts
-                )
-        assignment = assign_experts_per_item(
-            routed_gates,
-            num_selected_experts,
-            slots,
-            max_selected_experts=max_selected_experts,
-            routing=self.config.routing,
-        )
+            auxiliary_loss = self._auxiliary_loss(logits, logits + noise, std)
+        if self.config.router == "items_per_expert":
+            assignment = assign_items_per_expert(routed_gates, slots)
+        else:
+            assignment = assign_experts_per_item(
+                routed_gates,
+                num_selected_experts,
+                slots,
+                max_selected_experts=max_selected_experts,
+                routing=self.config.routing,
+            )
         hidden = self._serve(grouped.reshape(-1, hidden_size), assignment)
         return MoeOutput(hidden.view(batch, tokens_per_image, hidden_size), assignment, gates, auxiliary_loss)
+
+    def _auxiliary_loss(self, logits: Tensor, noisy_logits: Tensor, std: float) -> Tensor:
+        """Weighted importance and load losses; none where experts choose, whose load is even by construction."""
+        config = self.config
+        if config.router == "items_per_expert":
+            return logits.new_zeros(())
+        loss = config.importance_loss_weight * importance_loss(logits.softmax(dim=-1))
+        if std > 0:
+            loss = loss + config.load_loss_weight * load_loss(logits, noisy_logits, std, config.num_selected_experts)
+        return loss
 
     def _serve(self, tokens: Tensor, assignment: Assignment) -> Tensor:
         """(N, D) -> (N, D). One gather, E small MLPs, one write per pair and a sum over K in a fixed order."""

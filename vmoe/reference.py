@@ -14,9 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vmoe.config import Classifier, ConfigError, ModelConfig, MoeConfig
+from vmoe.config import Classifier, ConfigError, ModelConfig, MoeConfig, RouterKind
 
 Array = npt.NDArray[np.float32]
+REFERENCE_CAPACITY_MULTIPLE = 4  # default of `get_top_experts_per_item_dispatcher` in the reference's vmoe/moe.py
+
+_ROUTERS: dict[str, RouterKind] = {
+    "NoisyTopExpertsPerItemRouter": "experts_per_item",
+    "NoisyTopItemsPerExpertRouter": "items_per_expert",
+}
 
 
 def state_from_reference(parameters: Mapping[str, Array], config: ModelConfig) -> dict[str, Array]:
@@ -172,10 +178,20 @@ def _classifier(name: str) -> Classifier:
 
 
 def _moe_from_reference(moe: Mapping[str, Any], tokens_per_image: int) -> MoeConfig:
-    router = moe["router"]
-    if router.get("name", "NoisyTopExpertsPerItemRouter") != "NoisyTopExpertsPerItemRouter":
-        raise ConfigError(f"router {router['name']!r} is not supported; known is NoisyTopExpertsPerItemRouter")
-    dispatcher = router.get("dispatcher", {})
+    router = moe.get("router") or {}
+    name = router.get("name", "NoisyTopExpertsPerItemRouter")
+    if name not in _ROUTERS:
+        raise ConfigError(f"router {name!r} is not supported; known are {', '.join(_ROUTERS)}")
+    if router.get("deterministic", True) is not True:
+        raise ConfigError(
+            "router.deterministic is false: such a router draws noise at inference, its logits are random"
+        )
+    dispatcher = router.get("dispatcher") or {}
+    if dispatcher.get("capacity") is not None:
+        raise ConfigError(
+            f"dispatcher.capacity = {dispatcher['capacity']} fixes the slots and leaves no capacity factor to choose "
+            "at run time; replace it with the capacity_factor that gives as many slots"
+        )
     group_size = moe.get("group_size", tokens_per_image)
     if group_size % tokens_per_image:
         raise ConfigError(
@@ -187,11 +203,12 @@ def _moe_from_reference(moe: Mapping[str, Any], tokens_per_image: int) -> MoeCon
         layers=tuple(moe["layers"]),
         num_selected_experts=router.get("num_selected_experts", 1),
         capacity_factor=dispatcher.get("capacity_factor", 1.0),
+        router=_ROUTERS[name],
         routing="bpr" if dispatcher.get("batch_priority", False) else "vanilla",
         noise_std=router.get("noise_std", 1.0),
         importance_loss_weight=router.get("importance_loss_weight", 1.0),
         load_loss_weight=router.get("load_loss_weight", 1.0),
         capacity_rounding=dispatcher.get("capacity_ceil_or_round", "ceil"),
-        capacity_multiple=dispatcher.get("capacity_multiple_of", 4),
+        capacity_multiple=dispatcher.get("capacity_multiple_of", REFERENCE_CAPACITY_MULTIPLE) or 1,
         group_images=group_size // tokens_per_image,
     )

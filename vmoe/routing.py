@@ -6,6 +6,9 @@ Source: paper, section 2 (router, capacity) and section 4 (Batch Priority Routin
 losses. The order of the queue of every expert is: all first choices before all second choices, and within a choice the
 token's position (vanilla) or its top-1 gate, descending, ties by position (BPR). A pair that does not fit still
 consumes its queue position. Gates are a softmax over all E experts and are not renormalised after the top K.
+
+Expert choice (Zhou et al., 2022, arXiv 2202.09368) turns the choice around: every expert takes its best tokens. The
+same `Assignment` describes it, with K = E and choice e of every token standing for expert e.
 """
 
 from __future__ import annotations
@@ -71,6 +74,23 @@ def assign_experts_per_item(
         buffer_index = torch.empty_like(buffer_index).scatter(1, order[..., None].expand_as(buffer_index), buffer_index)
     kept = (buffer_index < slots[:, None, None]) & chosen[:, None, :]
     return Assignment(expert_index, buffer_index, weights, kept)
+
+
+def assign_items_per_expert(gates: Tensor, slots: Tensor) -> Assignment:
+    """Every expert takes its best tokens until its slots are used up; ties go to the earlier token.
+
+    Arguments:
+        gates: (G, S, E) softmax over experts.
+        slots: (G,) int64, slots per expert in each group; 0 skips the layer.
+
+    Returns:
+        An assignment with E choices per token: choice e is expert e, `buffer_index` the token's rank in its order.
+    """
+    order = gates.argsort(dim=1, descending=True, stable=True)  # (G, S, E): token at each rank of an expert
+    rank = torch.arange(gates.shape[1], device=gates.device)[None, :, None].expand_as(order)
+    buffer_index = torch.empty_like(order).scatter(1, order, rank)
+    expert_index = torch.arange(gates.shape[2], device=gates.device).expand_as(order)
+    return Assignment(expert_index, buffer_index, gates, buffer_index < slots[:, None, None])
 
 
 def importance_loss(gates: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def _expected_tensors(manifest: Manifest) -> tuple[_Tensors, _Tensors]:
     outputs: _Tensors = {"logits": ("tensor(float)", ("B", architecture.num_classes))}
     if architecture.moe is not None:
         layers, experts = manifest.num_moe_layers, architecture.moe.num_experts
-        tokens, choices = architecture.tokens_per_image, manifest.max_selected_experts
+        tokens, choices = architecture.tokens_per_image, manifest.choices_per_token
         inputs |= {"slots": ("tensor(int64)", ("B", layers)), "num_selected_experts": ("tensor(int64)", ("B", 1))}
         outputs |= {
             "kept": ("tensor(float)", ("B", layers)),

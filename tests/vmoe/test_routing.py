@@ -11,9 +11,16 @@ from torch import Tensor
 
 from tests.vmoe.upstream import DIRECTORY
 from vmoe.config import Routing
-from vmoe.routing import Assignment, assign_experts_per_item, importance_loss, load_loss
+from vmoe.routing import (
+    Assignment,
+    assign_experts_per_item,
+    assign_items_per_expert,
+    importance_loss,
+    load_loss,
+)
 
 TABLES = np.load(DIRECTORY / "routing_unit" / "routing_unit.npz")
+CHOOSING_RUNS = sorted(key.removesuffix("/token_index") for key in TABLES if key.endswith("/token_index"))
 RUNS = sorted(key.removesuffix("/expert_index") for key in TABLES if key.endswith("/expert_index"))
 
 
@@ -50,8 +57,19 @@ def test_dispatch_and_combine_of_every_golden_gate_matrix_equal_the_reference(ru
     np.testing.assert_allclose((data * factor[:, None]).numpy(), TABLES[f"{run}_cap{slots}/combined"], 1e-5, 1e-6)
 
 
+@pytest.mark.parametrize("run", CHOOSING_RUNS)
+def test_tokens_that_experts_choose_from_every_golden_gate_matrix_equal_the_reference(run: str) -> None:
+    gates_name, mode = run.split("/")  # mode: items_per_expert_cap<slots>
+    slots = int(mode.removeprefix("items_per_expert_cap"))
+    found = assign_items_per_expert(torch.from_numpy(TABLES[f"gates/{gates_name}"])[None], torch.tensor([slots]))
+    chosen = found.buffer_index[0].argsort(0)[:slots].T  # (E, slots)
+    np.testing.assert_array_equal(chosen.numpy(), TABLES[f"{run}/token_index"])
+    assert found.kept.sum().item() == chosen.numel()
+
+
 def test_golden_tables_cover_ties_saturation_and_three_choices() -> None:
     assert len(RUNS) == 54
+    assert len(CHOOSING_RUNS) == 27
 
 
 def test_vanilla_order_serves_tokens_by_position() -> None:

@@ -31,10 +31,10 @@ def test_logits_at_every_golden_setting_equal_the_reference(name: str) -> None:
     for setting in settings:
         logits = run(models[setting.config], case, setting).logits.numpy()
         assert np.abs(logits - setting.logits).max() < TOLERANCE, setting.name
-    assert len(settings) >= (1 if name == "dense_vit" else 100)
+    assert len(settings) >= {"dense_vit": 1, "expert_choice": 38}.get(name, 100)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "dense_vit"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("dense_vit", "expert_choice")])
 @torch.inference_mode()
 def test_assignments_at_every_golden_setting_equal_the_reference(name: str) -> None:
     case = Case(name)
@@ -52,6 +52,23 @@ def test_assignments_at_every_golden_setting_equal_the_reference(name: str) -> N
             np.testing.assert_array_equal(layer.assignment.expert_index.numpy(), experts, setting.name)
             np.testing.assert_array_equal(layer.assignment.kept.numpy(), positions < slots, setting.name)
             np.testing.assert_array_equal(layer.assignment.buffer_index.numpy(), positions, setting.name)
+
+
+@torch.inference_mode()
+def test_tokens_that_experts_choose_at_every_golden_setting_equal_the_reference() -> None:
+    case = Case("expert_choice")
+    tables = case.routing_tables()
+    settings = [setting for setting in case.settings() if setting.run is not None]
+    models = {config: case.checkpoint(config).model() for config in {setting.config for setting in settings}}
+    for setting in settings:
+        statistics = run(models[setting.config], case, setting).statistics
+        assert statistics is not None
+        assert setting.config.moe is not None
+        for layer, block, slots in zip(statistics.layers, setting.config.moe.layers, setting.slots, strict=True):
+            expected = tables[f"{setting.run}/encoderblock_{block}/token_index"]  # (G, E, slots), best token first
+            chosen = layer.assignment.buffer_index.argsort(1)[:, :slots].transpose(1, 2)
+            np.testing.assert_array_equal(chosen.numpy(), expected, setting.name)
+            assert layer.assignment.kept.sum((1, 2)).eq(expected[0].size).all()
 
 
 def test_capacity_of_the_configured_point_equals_the_reference() -> None:

@@ -19,7 +19,6 @@ from vmoe.preprocess import Preprocessing
 from vmoe.reference import config_from_reference, state_from_reference
 
 DIRECTORY = Path(__file__).parents[1] / "data" / "upstream"
-# Cases with experts-per-item routing, or without experts.
 CASES = (
     "token_k2",
     "token_k2_sharded",
@@ -27,6 +26,7 @@ CASES = (
     "token_k2_unknown_trainstate",
     "gap_k1_prelogits",
     "map_head",
+    "expert_choice",
     "dense_vit",
 )
 
@@ -73,6 +73,24 @@ class Case:
         path = self.directory / "golden_routing.npz"
         return dict(np.load(path)) if path.exists() else {}
 
+    def token_experts(self, setting: Setting, tables: dict[str, npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+        """Golden tables as the graph's output of that name: (B, L, S, K), expert that served the k-th choice or -1."""
+        assert setting.config.moe is not None
+        layers = []
+        for block, slots in zip(setting.config.moe.layers, setting.slots, strict=True):
+            prefix = f"{setting.run}/encoderblock_{block}"
+            if setting.config.moe.router == "items_per_expert":
+                chosen = tables[f"{prefix}/token_index"]  # (G, E, slots)
+                groups, experts, _ = chosen.shape
+                served = np.full((groups, experts, setting.config.moe.group_images * self.config.tokens_per_image), -1)
+                np.put_along_axis(served, chosen, np.arange(experts)[:, None], axis=2)
+                served = served.transpose(0, 2, 1)
+            else:
+                positions = tables[f"{prefix}/buffer_index"]  # (G, T, K)
+                served = np.where(positions < slots, tables[f"{prefix}/expert_index"], -1)
+            layers.append(served.reshape(len(self.inputs), -1, served.shape[-1]))
+        return np.stack(layers, axis=1)
+
     def checkpoint(self, config: ModelConfig | None = None) -> Checkpoint:
         config = config or self.config
         state = state_from_reference(read_parameters(self.prefix), config)
@@ -100,8 +118,8 @@ class Case:
             else:
                 moe = replace(
                     self.config.moe,
-                    routing="bpr" if entry["batch_priority"] else "vanilla",
+                    routing="bpr" if entry.get("batch_priority") else "vanilla",
                     group_images=len(self.inputs) if entry["group"] == "batch" else 1,
                 )
-                slots, selected = (entry["capacity"],) * layers, entry["num_selected_experts"]
+                slots, selected = (entry["capacity"],) * layers, entry.get("num_selected_experts", 1)
                 yield Setting(entry["id"], replace(self.config, moe=moe), slots, selected, logits, entry["run"])
