@@ -19,10 +19,10 @@ import onnxruntime
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from exporter.bundle import Bundle, BundleError, Manifest, Parity, Point, Provenance, write_manifest
+from exporter.bundle import Bundle, BundleError, Manifest, Parity, Point, Provenance, sha256, write_manifest
 from exporter.graph import InputType, WeightType, build_graph
 from exporter.parity import TOLERANCE, ParityError, check_parity
 from exporter.profiling import (
@@ -37,11 +37,13 @@ from exporter.profiling import (
 )
 from exporter.repository import write_bundle
 from exporter.session import open_session
-from vmoe.checkpoint import Checkpoint, load_checkpoint
+from vmoe.architecture import Hints
+from vmoe.checkpoint import Checkpoint
 from vmoe.data import DataError, LabelledImages, load_images
 from vmoe.errors import CheckpointError
 from vmoe.operating_point import parse_point
 from vmoe.preprocess import Preprocessing, normalize
+from vmoe.sources import find_source, load_source, parse_image_size
 
 PARITY_IMAGES = 256  # chosen: half a minute for the shipped model; half of them seeded noise when there are real images
 MAX_BATCH_SIZE = 32
@@ -57,6 +59,27 @@ class DataType(StrEnum):
     float16 = "float16"
 
 
+class QueueOrder(StrEnum):
+    """Order of an expert's queue."""
+
+    bpr = "bpr"
+    vanilla = "vanilla"
+
+
+class RouterName(StrEnum):
+    """Who chooses whom."""
+
+    experts_per_item = "experts_per_item"
+    items_per_expert = "items_per_expert"
+
+
+class Positions(StrEnum):
+    """Position embeddings that leave no parameters."""
+
+    sincos2d = "sincos2d"
+    none = "none"
+
+
 class Input(StrEnum):
     """What the graph's `images` are."""
 
@@ -66,7 +89,13 @@ class Input(StrEnum):
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path | None, typer.Argument(help="Directory written by `python -m vmoe train`.")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Directory written by `python -m vmoe train`; prefix of a google-research/vmoe checkpoint; Orbax "
+            "folder; .npz; state dict (.safetensors, .pt)."
+        ),
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of the bundle and of Triton's model.")] = "vmoe",
     out: Annotated[Path, typer.Option(help="Model repository.")] = Path("model_repository"),
     images: Annotated[
@@ -74,6 +103,20 @@ def export(
     ] = None,
     dtype: Annotated[DataType, typer.Option(help="Storage of the weights.")] = DataType.float32,
     input_type: Annotated[Input, typer.Option("--input", help="Pixels, or normalised floats.")] = Input.uint8,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Constructor arguments of the reference (JSON, bare or under `model`), instead of inference."
+        ),
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="H or HxW; learned positions are interpolated when it is not the model's own.")
+    ] = None,
+    num_selected_experts: Annotated[int | None, typer.Option(min=1, help="K of the full operating point.")] = None,
+    capacity_factor: Annotated[float | None, typer.Option(help="C of the full operating point.")] = None,
+    routing: Annotated[QueueOrder | None, typer.Option(help="Whom a full expert serves.")] = None,
+    router: Annotated[RouterName | None, typer.Option(help="Who chooses; parameters do not tell.")] = None,
+    positions: Annotated[Positions | None, typer.Option(help="Positions of a model without a table of them.")] = None,
     group_images: Annotated[int | None, typer.Option(min=1, help="Images per routing group.")] = 1,
     point: Annotated[
         list[str] | None, typer.Option(help="Operating point C,K; repeat for several. Default: a ladder.")
@@ -81,8 +124,13 @@ def export(
     max_selected_experts: Annotated[int | None, typer.Option(min=1, help="Largest K of the graph.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Class names, one per line, instead of the checkpoint's.")] = None,
     tolerance: Annotated[float, typer.Option(help="Largest difference of logits from PyTorch's.")] = TOLERANCE,
-    threads: Annotated[int, typer.Option(help="Threads while profiling; 0 is all cores.")] = 0,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed runs per point and batch size.")] = ROUNDS,
+    threads: Annotated[int, typer.Option(help="Threads of the runtime; 0 is all cores.")] = 0,
+    rounds: Annotated[
+        int, typer.Option(min=0, help="Timed runs per point and batch size; 0 measures no latency.")
+    ] = ROUNDS,
+    parity_images: Annotated[int, typer.Option(min=1, help="Images on which graph and model are compared.")] = (
+        PARITY_IMAGES
+    ),
     profile_only: Annotated[
         bool, typer.Option("--profile-only", help="Measure OUT/NAME again on this machine; export nothing.")
     ] = False,
@@ -96,12 +144,32 @@ def export(
         else:
             if checkpoint is None:
                 raise typer.BadParameter("CHECKPOINT is missing (only --profile-only goes without)")
+            hints = Hints(
+                image_size=None if image_size is None else parse_image_size(image_size),
+                num_selected_experts=num_selected_experts,
+                capacity_factor=capacity_factor,
+                router=None if router is None else router.value,
+                routing=None if routing is None else routing.value,
+                position_embedding=None if positions is None else positions.value,
+            )
             manifest = _export(
-                load_checkpoint(checkpoint), checkpoint, name, out, images, dtype.value, input_type.value,
-                group_images or 1, point or [], max_selected_experts, labels, tolerance, threads, rounds,
+                _load(checkpoint, hints, config), checkpoint, name, out, images, dtype.value, input_type.value,
+                group_images or 1, point or [], max_selected_experts, labels, tolerance, threads, rounds, parity_images,
             )  # fmt: skip
     _print_points(manifest)
     console.print(f"{out / name} is ready")
+
+
+def _load(path: Path, hints: Hints, config: Path | None) -> Checkpoint:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("read", total=None)
+        return load_source(
+            path,
+            hints,
+            config_path=config,
+            progress=lambda read, total: bar.update(task, total=total, advance=read),
+        )
 
 
 def _export(
@@ -119,6 +187,7 @@ def _export(
     tolerance: float,
     threads: int,
     rounds: int,
+    parity_images: int,
 ) -> Manifest:
     if labels is not None:
         loaded = loaded.with_labels(tuple(labels.read_text().splitlines()))
@@ -140,7 +209,7 @@ def _export(
     )
 
     def finish(model: Path) -> Manifest:
-        parity = _parity(loaded, model, data, ladder, input_type, tolerance)
+        parity = _parity(loaded, model, data, ladder, input_type, tolerance, threads, parity_images)
         manifest = Manifest(
             name=name,
             architecture=config,
@@ -175,14 +244,17 @@ def _parity(
     points: tuple[Point, ...],
     input_type: InputType,
     tolerance: float,
+    threads: int,
+    num_images: int,
 ) -> Parity:
-    samples = _samples(loaded.preprocessing, data, PARITY_IMAGES)
+    group = 1 if loaded.config.moe is None else loaded.config.moe.group_images
+    samples = _samples(loaded.preprocessing, data, -(-num_images // group) * group)
     cases: list[Point | None] = [*points] or [None]
     with _progress() as bar:
         task = bar.add_task("parity", total=len(samples) * len(cases))
         return check_parity(
             loaded.model(),
-            open_session(model),
+            open_session(model, threads),
             samples,
             loaded.preprocessing,
             cases,
@@ -215,12 +287,13 @@ def _profile(
             )
             points = with_accuracy(config, points, measured)
             profile = profile.model_copy(update={"images": str(images), "num_images": len(data)})
-        batch_sizes = [size * group for size in BATCH_SIZES]
-        task = bar.add_task("latency", total=rounds * len(points) * len(batch_sizes))
-        samples = prepare(_samples(manifest.preprocessing, data, max(batch_sizes)))
-        points = measure_latency(
-            session, samples, points, batch_sizes=batch_sizes, rounds=rounds, advance=lambda n: bar.advance(task, n)
-        )
+        if rounds:
+            batch_sizes = [size * group for size in BATCH_SIZES]
+            task = bar.add_task("latency", total=rounds * len(points) * len(batch_sizes))
+            samples = prepare(_samples(manifest.preprocessing, data, max(batch_sizes)))
+            points = measure_latency(
+                session, samples, points, batch_sizes=batch_sizes, rounds=rounds, advance=lambda n: bar.advance(task, n)
+            )
     return manifest.model_copy(update={"points": points, "profile": profile})
 
 
@@ -235,11 +308,12 @@ def _samples(preprocessing: Preprocessing, data: LabelledImages | None, count: i
 
 
 def _provenance(checkpoint: Path) -> Provenance:
+    source = find_source(checkpoint)
     digest = hashlib.sha256()
-    for file in sorted(p for p in checkpoint.rglob("*") if p.is_file() and not p.name.startswith("training.")):
-        digest.update(file.relative_to(checkpoint).as_posix().encode() + file.read_bytes())
+    for path in source.files:
+        digest.update(path.name.encode() + bytes.fromhex(sha256(path)))
     return Provenance(
-        checkpoint=checkpoint.name,
+        checkpoint=source.path.name,
         checkpoint_sha256=digest.hexdigest(),
         command=shlex.join(["python", "-m", "exporter", *sys.argv[1:]]),
         date=datetime.date.today().isoformat(),

@@ -174,7 +174,7 @@ class _Builder:
 
     def _mlp(self, rows: ir.Value, name: str) -> ir.Value:
         """(N, D) -> (N, D)."""
-        hidden = self.op("Gelu", self._linear(rows, f"{name}.linear_in"), approximate="tanh")
+        hidden = self.op("Gelu", self._linear(rows, f"{name}.linear_in"), approximate=self.config.gelu_approximation)
         return self._linear(hidden, f"{name}.linear_out")
 
     # The transformer around the experts
@@ -401,7 +401,9 @@ class _Builder:
                 self.weight(f"{name}.experts.{e}.{part}", self.state[f"{name}.experts.{part}"][e])
                 for part in ("weight_in", "bias_in", "weight_out", "bias_out")
             ]
-            hidden = self.op("Gelu", self.op("Gemm", rows[e], parts[0], parts[1]), approximate="tanh")
+            hidden = self.op(
+                "Gelu", self.op("Gemm", rows[e], parts[0], parts[1]), approximate=self.config.gelu_approximation
+            )
             output = self.op("Mul", self.op("Gemm", hidden, parts[2], parts[3]), weights[e])
             residual = self.op("ScatterND", residual, tokens[e], output, reduction="add")
         return residual

@@ -61,6 +61,9 @@ class Hints:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
+NO_HINTS = Hints()
+
+
 @dataclass(frozen=True)
 class Release:
     """A checkpoint that the authors published.
@@ -82,7 +85,7 @@ class Release:
         return Preprocessing(image_size, channels, half, half, "center_crop", self.crop_fraction)
 
 
-UNKNOWN_RELEASE = Release(Hints())
+UNKNOWN_RELEASE = Release(NO_HINTS)
 
 _FINE_TUNED = Release(Hints(num_selected_experts=2, capacity_factor=1.5))
 _FROM_SCRATCH = Release(Hints(num_selected_experts=2, capacity_factor=1.05), crop_fraction=224 / 256)
@@ -109,7 +112,7 @@ def find_release(file_name: str) -> Release:
     return RELEASES[max(names, key=len)] if names else UNKNOWN_RELEASE
 
 
-def infer_config(shapes: Mapping[str, tuple[int, ...]], hints: Hints = Hints()) -> ModelConfig:
+def infer_config(shapes: Mapping[str, tuple[int, ...]], hints: Hints = NO_HINTS) -> ModelConfig:
     """The configuration of a model from its parameter tree.
 
     Arguments:

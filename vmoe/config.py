@@ -16,6 +16,7 @@ from vmoe.operating_point import OperatingPoint, Rounding, slots_per_expert
 Classifier = Literal["token", "gap", "map"]
 PositionEmbedding = Literal["learned", "sincos2d", "none"]
 Routing = Literal["bpr", "vanilla"]
+GeluApproximation = Literal["tanh", "none"]
 RouterKind = Literal["experts_per_item", "items_per_expert"]
 
 
@@ -97,6 +98,8 @@ class ModelConfig:
         classifier: `token` (class token), `gap` (global average) or `map` (attention pooling).
         representation_size: width of the tanh `pre_logits` layer, None for none.
         qk_norm: LayerNorm with scale only on queries and keys.
+        position_temperature: of `sincos2d`.
+        gelu_approximation: `tanh` as in the reference, or `none` (timm's models); named as torch and ONNX name it.
     """
 
     image_size: tuple[int, int]
@@ -111,6 +114,8 @@ class ModelConfig:
     position_embedding: PositionEmbedding = "learned"
     representation_size: int | None = None
     qk_norm: bool = False
+    position_temperature: float = 10_000.0
+    gelu_approximation: GeluApproximation = "tanh"
     moe: MoeConfig | None = None
 
     def __post_init__(self) -> None:

@@ -75,14 +75,17 @@ class SelfAttention(nn.Module):
 class Mlp(nn.Module):
     """Dense two-layer MLP."""
 
-    def __init__(self, hidden_size: int, mlp_dim: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.gelu_approximation = config.gelu_approximation
+        hidden_size, mlp_dim = config.hidden_size, config.mlp_dim
         self.linear_in = _linear(hidden_size, mlp_dim)
         self.linear_out = _linear(mlp_dim, hidden_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.linear_out(functional.gelu(self.linear_in(tokens), approximate="tanh"))  # type: ignore[no-any-return]
+        hidden = functional.gelu(self.linear_in(tokens), approximate=self.gelu_approximation)
+        return self.linear_out(hidden)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -96,9 +99,9 @@ class Block(nn.Module):
         sparse = config.moe is not None and index in config.moe.layers
         self.mlp: Mlp | MoeMlp
         if config.moe is not None and sparse:
-            self.mlp = MoeMlp(config.moe, config.hidden_size, config.mlp_dim)
+            self.mlp = MoeMlp(config.moe, config.hidden_size, config.mlp_dim, config.gelu_approximation)
         else:
-            self.mlp = Mlp(config.hidden_size, config.mlp_dim)
+            self.mlp = Mlp(config)
 
 
 class MapHead(nn.Module):
@@ -113,7 +116,7 @@ class MapHead(nn.Module):
         self.query, self.key_value, self.out = _linear(size, size), _linear(size, 2 * size), _linear(size, size)
         self.query_norm, self.key_norm = _head_norm(config), _head_norm(config)
         self.norm = nn.LayerNorm(size, LAYER_NORM_EPSILON)
-        self.mlp = Mlp(size, config.mlp_dim)
+        self.mlp = Mlp(config)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, S, D) -> (B, D)."""
@@ -140,7 +143,7 @@ class VisionTransformer(nn.Module):
             nn.init.normal_(self.position_embedding, std=0.02)
         elif config.position_embedding == "sincos2d":
             self.sincos2d: Tensor
-            self.register_buffer("sincos2d", sincos2d(config.grid, size), persistent=False)
+            self.register_buffer("sincos2d", sincos2d(config.grid, size, config.position_temperature), persistent=False)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.norm = nn.LayerNorm(size, LAYER_NORM_EPSILON)
         if config.classifier == "map":
@@ -276,7 +279,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(query, key, value)
 
 
-def sincos2d(grid: tuple[int, int], size: int, temperature: float = 10_000.0) -> Tensor:
+def sincos2d(grid: tuple[int, int], size: int, temperature: float) -> Tensor:
     """Fixed positions of the patches, [sin x, cos x, sin y, cos y] with x the column: (1, rows * columns, size).
 
     Frequencies are temperature ** -(i / (size/4 - 1)), as in the reference. Made in float64 on the CPU: tables of

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vmoe.config import MoeConfig
+from vmoe.config import GeluApproximation, MoeConfig
 from vmoe.routing import (
     Assignment,
     assign_experts_per_item,
@@ -59,8 +59,11 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """E independent two-layer MLPs, stacked on the first axis as in the reference."""
 
-    def __init__(self, num_experts: int, hidden_size: int, mlp_dim: int) -> None:
+    def __init__(
+        self, num_experts: int, hidden_size: int, mlp_dim: int, gelu_approximation: GeluApproximation = "tanh"
+    ) -> None:
         super().__init__()
+        self.gelu_approximation = gelu_approximation
         self.weight_in = nn.Parameter(torch.empty(num_experts, hidden_size, mlp_dim))
         self.bias_in = nn.Parameter(torch.zeros(num_experts, mlp_dim))
         self.weight_out = nn.Parameter(torch.empty(num_experts, mlp_dim, hidden_size))
@@ -71,7 +74,11 @@ class Experts(nn.Module):
     def forward(self, tokens: Tensor, sizes: list[int]) -> Tensor:
         """(N, D), sorted by expert with `sizes[e]` rows for expert e -> (N, D)."""
         outputs = [
-            torch.addmm(bias_out, functional.gelu(torch.addmm(bias_in, rows, w_in), approximate="tanh"), w_out)
+            torch.addmm(
+                bias_out,
+                functional.gelu(torch.addmm(bias_in, rows, w_in), approximate=self.gelu_approximation),
+                w_out,
+            )
             for rows, w_in, bias_in, w_out, bias_out in zip(
                 torch.functional.split(tokens, sizes),
                 self.weight_in,
@@ -87,11 +94,13 @@ class Experts(nn.Module):
 class MoeMlp(nn.Module):
     """Replaces the MLP of a block. What does not fit into the buffers is skipped: the residual alone goes on."""
 
-    def __init__(self, config: MoeConfig, hidden_size: int, mlp_dim: int) -> None:
+    def __init__(
+        self, config: MoeConfig, hidden_size: int, mlp_dim: int, gelu_approximation: GeluApproximation = "tanh"
+    ) -> None:
         super().__init__()
         self.config = config
         self.router = Router(hidden_size, config.num_experts)
-        self.experts = Experts(config.num_experts, hidden_size, mlp_dim)
+        self.experts = Experts(config.num_experts, hidden_size, mlp_dim, gelu_approximation)
 
     def forward(
         self,

@@ -8,16 +8,42 @@ Axes: D hidden, F MLP width, E experts, H heads, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vmoe.config import Classifier, ConfigError, ModelConfig, MoeConfig, RouterKind
+from vmoe.config import Classifier, ConfigError, ModelConfig, MoeConfig, PositionEmbedding, RouterKind
 
 Array = npt.NDArray[np.float32]
 REFERENCE_CAPACITY_MULTIPLE = 4  # default of `get_top_experts_per_item_dispatcher` in the reference's vmoe/moe.py
+
+# Constructor arguments of the reference's VisionTransformerMoe and its parts; those that only matter in training, or
+# only for speed, are read over.
+_KNOWN_KEYS = {
+    "model": {
+        *("name", "num_classes", "patch_size", "hidden_size", "encoder", "classifier", "representation_size"),
+        *("deterministic", "head_bias_init", "head_kernel_zero_init"),
+    },
+    "encoder": {
+        *("num_layers", "mlp_dim", "num_heads", "dropout_rate", "attention_dropout_rate", "attention_qk_norm"),
+        *("moe", "deterministic", "dtype", "position_emb"),
+    },
+    "position_emb": {"name", "temperature"},
+    "moe": {
+        *("layers", "num_experts", "group_size", "dropout_rate", "deterministic", "router", "dtype", "split_rngs"),
+        "mlp_dim",
+    },
+    "router": {
+        *("name", "num_selected_experts", "noise_std", "gshard_loss_weight", "importance_loss_weight"),
+        *("load_loss_weight", "dispatcher", "deterministic", "dtype"),
+    },
+    "dispatcher": {
+        *("name", "bfloat16", "capacity", "capacity_factor", "capacity_ceil_or_round", "capacity_multiple_of"),
+        *("batch_priority", "partition_spec", "einsum_precision"),
+    },
+}
 
 _ROUTERS: dict[str, RouterKind] = {
     "NoisyTopExpertsPerItemRouter": "experts_per_item",
@@ -25,36 +51,36 @@ _ROUTERS: dict[str, RouterKind] = {
 }
 
 
-def state_from_reference(parameters: Mapping[str, Array], config: ModelConfig) -> dict[str, Array]:
+def state_from_reference(parameters: MutableMapping[str, Array], config: ModelConfig) -> dict[str, Array]:
     """Parameters of the reference under our names: as `VisionTransformer.state_dict` has them.
 
     Arguments:
-        parameters: by path, for example `Encoder/encoderblock_0/Mlp/Dense_0/kernel`.
+        parameters: by path, for example `Encoder/encoderblock_0/Mlp/Dense_0/kernel`. What is converted is removed, so
+            that the peak of memory is the parameters and the largest of them.
 
     Raises:
         ConfigError: a parameter is missing or superfluous, or has the wrong shape; names it with both shapes.
     """
     reader = _Reader(parameters, config)
-    state = dict(reader.model())
-    if superfluous := sorted(set(parameters) - reader.used):
-        raise ConfigError(f"parameter {superfluous[0]} has no place in a model of this configuration")
+    state = {name: np.ascontiguousarray(value) for name, value in reader.model()}
+    if superfluous := sorted(parameters):
+        shape = parameters[superfluous[0]].shape
+        raise ConfigError(f"parameter {superfluous[0]} of shape {shape} has no place in a model of this configuration")
     return state
 
 
 class _Reader:
-    """Takes parameters one by one, checks each shape and remembers what was used."""
+    """Takes parameters out one by one and checks each shape."""
 
-    def __init__(self, parameters: Mapping[str, Array], config: ModelConfig) -> None:
+    def __init__(self, parameters: MutableMapping[str, Array], config: ModelConfig) -> None:
         self.parameters, self.config = parameters, config
-        self.used: set[str] = set()
 
     def take(self, name: str, *shape: int) -> Array:
         if name not in self.parameters:
             raise ConfigError(f"parameter {name} of shape {shape} is missing")
-        found = self.parameters[name]
+        found = self.parameters.pop(name)
         if found.shape != shape:
             raise ConfigError(f"parameter {name} has shape {found.shape}, expected {shape}")
-        self.used.add(name)
         return found
 
     def model(self) -> Iterator[tuple[str, Array]]:
@@ -147,8 +173,11 @@ def config_from_reference(model: Mapping[str, Any], image_size: tuple[int, int])
         ConfigError: an argument is missing or has a value that we do not support.
     """
     try:
+        _check_keys(model)
         encoder = model["encoder"]
-        moe = encoder.get("moe") or {}
+        moe, positions = encoder.get("moe") or {}, encoder.get("position_emb") or {}
+        if moe.get("mlp_dim", encoder["mlp_dim"]) != encoder["mlp_dim"]:
+            raise ConfigError(f"moe.mlp_dim {moe['mlp_dim']} must equal encoder.mlp_dim {encoder['mlp_dim']}")
         tokens = (image_size[0] // model["patch_size"][0]) * (image_size[1] // model["patch_size"][1])
         tokens += model["classifier"] == "token"
         return ModelConfig(
@@ -160,13 +189,43 @@ def config_from_reference(model: Mapping[str, Any], image_size: tuple[int, int])
             mlp_dim=encoder["mlp_dim"],
             num_heads=encoder["num_heads"],
             classifier=_classifier(model["classifier"]),
-            position_embedding=encoder.get("position_emb", {}).get("name", "learned"),
+            position_embedding=_position_embedding(positions.get("name", "learned")),
+            position_temperature=float(positions.get("temperature", 10_000.0)),
             representation_size=model.get("representation_size"),
             qk_norm=encoder.get("attention_qk_norm", False),
             moe=_moe_from_reference(moe, tokens) if moe.get("layers") else None,
         )
     except KeyError as error:
         raise ConfigError(f"the reference's configuration lacks {error.args[0]!r}") from error
+    except (TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(f"the reference's configuration has a value of the wrong type: {error}") from error
+
+
+def _check_keys(model: Mapping[str, Any]) -> None:
+    """Refuses an argument that we do not know: it may change what the model computes."""
+    encoder = model["encoder"]
+    moe = encoder.get("moe") or {}
+    router = moe.get("router") or {}
+    for where, values in (
+        ("model", model),
+        ("encoder", encoder),
+        ("position_emb", encoder.get("position_emb") or {}),
+        ("moe", moe),
+        ("router", router),
+        ("dispatcher", router.get("dispatcher") or {}),
+    ):
+        if unknown := sorted(set(values) - _KNOWN_KEYS[where]):
+            raise ConfigError(
+                f"unknown key {unknown[0]!r} in {where}; known are {', '.join(sorted(_KNOWN_KEYS[where]))}"
+            )
+
+
+def _position_embedding(name: str) -> PositionEmbedding:
+    known: tuple[PositionEmbedding, ...] = ("learned", "sincos2d", "none")
+    for kind in known:
+        if name == kind:
+            return kind
+    raise ConfigError(f"position_emb {name!r} is not supported; known are {', '.join(known)}")
 
 
 def _classifier(name: str) -> Classifier:
