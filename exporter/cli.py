@@ -19,6 +19,7 @@ import onnxruntime
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -354,5 +355,5 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except (BundleError, CheckpointError, DataError, ParityError, ValueError, OSError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error

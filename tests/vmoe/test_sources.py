@@ -176,6 +176,18 @@ def test_damaged_orbax_folder_is_named(tmp_path: Path) -> None:
         load_source(tmp_path)
 
 
+def test_missing_chunk_of_an_orbax_array_is_no_array_of_zeros(tmp_path: Path) -> None:
+    tensorstore = pytest.importorskip("tensorstore")
+    metadata = {"shape": [4], "chunks": [2], "dtype": "<f4"}
+    store = {"driver": "file", "path": str(tmp_path / "params.a.b")}
+    array = tensorstore.open({"driver": "zarr", "kvstore": store, "metadata": metadata}, create=True).result()
+    array.write(np.arange(1, 5, dtype=np.float32)).result()
+    assert read_orbax(tmp_path)["a/b"].tolist() == [1, 2, 3, 4]
+    (tmp_path / "params.a.b" / "1").unlink()
+    with pytest.raises(CheckpointError, match="is not a readable Orbax folder"):
+        read_orbax(tmp_path)
+
+
 # npz
 
 
