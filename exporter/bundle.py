@@ -5,6 +5,7 @@
         manifest.json    this module's `Manifest`
         labels.txt       a class name per line
         1/model.onnx     the graph; weights once, whatever the number of operating points
+        1/model.onnx.data    the weights of a large model, which the graph refers to
 
 Tensors of the graph, with B images, L MoE layers, E experts, S tokens per image and K the largest number of selected
 experts that the graph accepts:
@@ -40,6 +41,7 @@ SCHEMA_VERSION: Final = 1
 MANIFEST_FILE = "manifest.json"
 LABELS_FILE = "labels.txt"
 MODEL_FILE = "1/model.onnx"
+WEIGHTS_FILE = f"{MODEL_FILE}.data"  # only beside a large model
 
 
 class BundleError(ValueError):
@@ -143,7 +145,7 @@ class Manifest(_Model):
     preprocessing: Preprocessing
     labels: tuple[str, ...]
     input: Literal["uint8", "float32"]
-    weights: Literal["float32", "float16"]
+    weights: Literal["float32", "float16", "bfloat16"]
     max_selected_experts: int = Field(ge=0)
     max_batch_size: int = Field(ge=1)
     points: tuple[Point, ...]

@@ -58,6 +58,7 @@ class DataType(StrEnum):
 
     float32 = "float32"
     float16 = "float16"
+    bfloat16 = "bfloat16"
 
 
 class QueueOrder(StrEnum):
@@ -193,10 +194,8 @@ def _export(
     if labels is not None:
         loaded = loaded.with_labels(tuple(labels.read_text().splitlines()))
     loaded = loaded.with_group_images(group_images)
-    if (
-        dtype == "float16"
-    ):  # the reference of the parity check is the model that is stored, not the one that was trained
-        loaded = loaded.rounded_to_float16()
+    if dtype != "float32":  # parity is checked against the model that is stored, not the one that was trained
+        loaded = loaded.rounded_to(torch.float16 if dtype == "float16" else torch.bfloat16)
     config, preprocessing = loaded.config, loaded.preprocessing
     chosen = [parse_point(text) for text in points] or default_points(config)
     ladder = make_points(config, chosen) if config.moe is not None else ()

@@ -27,6 +27,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -39,8 +40,13 @@ LAYER_NORM_EPSILON = 1e-6
 NO_CHOICE = np.iinfo(np.int64).max
 
 InputType = Literal["uint8", "float32"]
-WeightType = Literal["float32", "float16"]
+WeightType = Literal["float32", "float16", "bfloat16"]
 State = Mapping[str, npt.NDArray[np.float32]]
+STORED_TYPES: dict[WeightType, tuple[npt.DTypeLike, ir.DataType]] = {
+    "float32": (np.float32, ir.DataType.FLOAT),
+    "float16": (np.float16, ir.DataType.FLOAT16),
+    "bfloat16": (ml_dtypes.bfloat16, ir.DataType.BFLOAT16),
+}
 IMAGE_TYPES = {"uint8": ir.DataType.UINT8, "float32": ir.DataType.FLOAT}
 
 
@@ -58,7 +64,8 @@ def build_graph(
     Arguments:
         state: parameters under the names of `vmoe.model.VisionTransformer.state_dict`.
         input_type: `uint8` pixels, normalised inside, or `float32` that is normalised already.
-        weight_type: `float16` halves the file; a Cast at load widens the weights, arithmetic stays float32.
+        weight_type: `float16` and `bfloat16` halve the file; a Cast at load widens the weights, arithmetic
+            stays float32.
         max_selected_experts: largest K that the graph accepts; None takes the configured K.
     """
     return _Builder(config, state, preprocessing, input_type, weight_type, max_selected_experts).model()
@@ -146,13 +153,21 @@ class _Builder:
 
         Arguments:
             values: replaces the state's; a rearrangement of them.
-            factor: broadcast over the last axis. With float16 storage it is multiplied after widening, which the
+            factor: broadcast over the last axis. With storage of 16 bits it is multiplied after widening, which the
                 runtime does once at load, so that the stored numbers are the rounded parameters themselves.
         """
-        array = np.ascontiguousarray(self.state[name] if values is None else values, dtype=np.float32)
+        array = self.state[name] if values is None else values
+        dtype, ir_type = STORED_TYPES[self.weight_type]
+        scaled = factor if self.weight_type == "float32" else None
+
+        def stored_tensor() -> ir.TensorProtocol:
+            return ir.tensor(np.ascontiguousarray(array if scaled is None else array * scaled, dtype=dtype))
+
+        # Made when it is written: transposed copies of all weights at once would double the memory.
+        tensor = ir.LazyTensor(stored_tensor, dtype=ir_type, shape=ir.Shape(array.shape), name=name)
+        stored = self.tape.initializer(tensor, name=name)
         if self.weight_type == "float32":
-            return self.tape.initializer(ir.tensor(array if factor is None else array * factor), name=name)
-        stored = self.tape.initializer(ir.tensor(array.astype(np.float16)), name=name)
+            return stored
         wide = self.op("Cast", stored, to=ir.DataType.FLOAT.value)
         return wide if factor is None else self.op("Mul", wide, self.constant(factor, np.float32))
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from exporter.bundle import LABELS_FILE, MODEL_FILE, Manifest, sha256, write_manifest
+from exporter.bundle import LABELS_FILE, MODEL_FILE, WEIGHTS_FILE, Manifest, sha256, write_manifest
 from vmoe.atomic_directory import replaced_directory
+
+# A protobuf ends at 2 GB, and holds three copies of the weights in memory while it is written. Chosen, not tuned.
+INLINE_BYTES = 2**29
 
 _TRITON_TYPES = {
     ir.DataType.UINT8: "TYPE_UINT8",
@@ -17,23 +20,33 @@ _TRITON_TYPES = {
 }
 
 
-def write_bundle(directory: Path, graph: ir.Model, finish: Callable[[Path], Manifest]) -> Manifest:
+def write_bundle(
+    directory: Path, graph: ir.Model, finish: Callable[[Path], Manifest], *, inline_bytes: int = INLINE_BYTES
+) -> Manifest:
     """Writes the bundle `directory` atomically; whatever stood there is replaced only by a complete bundle.
 
     Arguments:
         finish: gets the path of the written graph and returns the manifest, with `files` still empty. Parity check and
             profile run here: when they raise, nothing is left behind.
+        inline_bytes: weights beyond this go into a file of their own, one after the other.
     """
     with replaced_directory(directory) as temporary:
         model = temporary / MODEL_FILE
         model.parent.mkdir()
-        ir.save(graph, model)
+        external = graph_bytes(graph) > inline_bytes
+        ir.save(graph, model, external_data=Path(WEIGHTS_FILE).name if external else None)
         manifest = finish(model)
         (temporary / LABELS_FILE).write_text("".join(f"{label}\n" for label in manifest.labels))
         (temporary / "config.pbtxt").write_text(triton_config(graph, manifest))
-        manifest = manifest.model_copy(update={"files": {name: sha256(temporary / name) for name in (MODEL_FILE,)}})
+        files = (MODEL_FILE, WEIGHTS_FILE) if external else (MODEL_FILE,)
+        manifest = manifest.model_copy(update={"files": {name: sha256(temporary / name) for name in files}})
         write_manifest(temporary, manifest)
     return manifest
+
+
+def graph_bytes(graph: ir.Model) -> int:
+    """Size of all weights of a graph."""
+    return sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)
 
 
 def triton_config(graph: ir.Model, manifest: Manifest) -> str:

@@ -58,17 +58,17 @@ class Checkpoint:
         moe = replace(self.config.moe, group_images=group_images)
         return replace(self, config=replace(self.config, moe=moe))
 
-    def rounded_to_float16(self) -> Checkpoint:
-        """Weights rounded to what float16 can hold, as float32.
+    def rounded_to(self, dtype: torch.dtype) -> Checkpoint:
+        """Weights rounded to what float16 or bfloat16 can hold, as float32.
 
         Raises:
-            CheckpointError: a value is outside float16's range.
+            CheckpointError: a value is outside the type's range.
         """
         for name, value in self.state.items():
-            if not torch.isfinite(value.half()).all():
-                largest = value.abs().max().item()
-                raise CheckpointError(f"parameter {name} reaches {largest:g}, float16 ends at 65504: use float32")
-        return replace(self, state={name: value.half().float() for name, value in self.state.items()})
+            if not torch.isfinite(value.to(dtype)).all():
+                largest, limit = value.abs().max().item(), torch.finfo(dtype).max
+                raise CheckpointError(f"parameter {name} reaches {largest:g}, {dtype} ends at {limit:g}: use float32")
+        return replace(self, state={name: value.to(dtype).float() for name, value in self.state.items()})
 
 
 def check_parameters(expected: dict[str, tuple[int, ...]], found: dict[str, Tensor]) -> None:
