@@ -26,6 +26,7 @@ from rich.table import Table
 from exporter.bundle import Bundle, BundleError, Manifest, Parity, Point, Provenance, sha256, write_manifest
 from exporter.graph import InputType, WeightType, build_graph
 from exporter.parity import TOLERANCE, ParityError, check_parity
+from exporter.plan import Plan, plan
 from exporter.profiling import (
     BATCH_SIZES,
     ROUNDS,
@@ -44,7 +45,7 @@ from vmoe.data import DataError, LabelledImages, load_images
 from vmoe.errors import CheckpointError
 from vmoe.operating_point import parse_point
 from vmoe.preprocess import Preprocessing, normalize
-from vmoe.sources import find_source, load_source, parse_image_size
+from vmoe.sources import find_source, load_source, parse_image_size, read_architecture
 
 PARITY_IMAGES = 256  # chosen: half a minute for the shipped model; half of them seeded noise when there are real images
 MAX_BATCH_SIZE = 32
@@ -133,12 +134,27 @@ def export(
     parity_images: Annotated[int, typer.Option(min=1, help="Images on which graph and model are compared.")] = (
         PARITY_IMAGES
     ),
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the parameters of CHECKPOINT or --config; export nothing."),
+    ] = False,
     profile_only: Annotated[
         bool, typer.Option("--profile-only", help="Measure OUT/NAME again on this machine; export nothing.")
     ] = False,
 ) -> None:
     """Exports CHECKPOINT to OUT/NAME: ONNX graph, manifest with measured accuracy and latency, Triton config."""
     with _clear_errors():
+        hints = Hints(
+            image_size=None if image_size is None else parse_image_size(image_size),
+            num_selected_experts=num_selected_experts,
+            capacity_factor=capacity_factor,
+            router=None if router is None else router.value,
+            routing=None if routing is None else routing.value,
+            position_embedding=None if positions is None else positions.value,
+        )
+        if dry_run:
+            _print_plan(plan(read_architecture(checkpoint, hints, config_path=config), dtype.value))
+            return
         if profile_only:
             if checkpoint is not None:
                 raise typer.BadParameter("--profile-only measures OUT/NAME and takes no CHECKPOINT")
@@ -146,14 +162,6 @@ def export(
         else:
             if checkpoint is None:
                 raise typer.BadParameter("CHECKPOINT is missing (only --profile-only goes without)")
-            hints = Hints(
-                image_size=None if image_size is None else parse_image_size(image_size),
-                num_selected_experts=num_selected_experts,
-                capacity_factor=capacity_factor,
-                router=None if router is None else router.value,
-                routing=None if routing is None else routing.value,
-                position_embedding=None if positions is None else positions.value,
-            )
             manifest = _export(
                 _load(checkpoint, hints, config), checkpoint, name, out, images, dtype.value, input_type.value,
                 group_images or 1, point or [], max_selected_experts, labels, tolerance, threads, rounds, parity_images,
@@ -323,6 +331,17 @@ def _provenance(checkpoint: Path) -> Provenance:
             "onnxruntime": onnxruntime.__version__,
         },
     )
+
+
+def _print_plan(planned: Plan) -> None:
+    table = Table("part", "parameters", "MB", "experts", "MB per expert")
+    for part in planned.parts:
+        size_mb = part.num_parameters * planned.bytes_per_parameter / 1e6
+        spread = ("-", "-") if part.copies == 1 else (str(part.copies), f"{size_mb / part.copies:,.1f}")
+        table.add_row(part.name, f"{part.num_parameters:,}", f"{size_mb:,.1f}", *spread)
+    table.add_section()
+    table.add_row("all", f"{planned.num_parameters:,}", f"{planned.size_bytes / 1e6:,.1f}", "", "")
+    console.print(table)
 
 
 def _print_points(manifest: Manifest) -> None:

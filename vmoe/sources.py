@@ -114,6 +114,26 @@ def load_source(
     return _with_overrides(checkpoint, hints)
 
 
+def read_architecture(path: Path | None, hints: Hints = NO_HINTS, *, config_path: Path | None = None) -> ModelConfig:
+    """The configuration of a model, without its weights where the kind of the source allows it.
+
+    Arguments:
+        path: None takes the configuration file alone.
+
+    Raises:
+        CheckpointError, ConfigError: as `load_source`; or neither path nor configuration file are given.
+    """
+    if path is None:
+        if config_path is None:
+            raise ConfigError("a checkpoint or a configuration file is needed")
+        return _override(_read_config(config_path, {}, hints.image_size), hints)
+    source = find_source(path)
+    if source.kind != "reference":
+        return load_source(path, hints, config_path=config_path).config
+    shapes = {name: array.shape for name, array in tree_shapes(source.path).items()}
+    return _override(_tree_config(shapes, hints, config_path, find_release(source.path.name)), hints)
+
+
 def _load_tree(source: Source, hints: Hints, config_path: Path | None, progress: Progress) -> Checkpoint:
     """A parameter tree under the reference's names."""
     release = find_release(source.path.name)
@@ -212,16 +232,18 @@ def _checkpoint(config: ModelConfig, state: dict[str, Tensor], release: Release)
 
 def _with_overrides(checkpoint: Checkpoint, hints: Hints) -> Checkpoint:
     """The model with what the hints say otherwise."""
-    config, state, preprocessing = checkpoint.config, checkpoint.state, checkpoint.preprocessing
+    config, state = _override(checkpoint.config, hints), checkpoint.state
+    if config.position_embedding == "learned" and config.grid != checkpoint.config.grid:
+        table = resize_positions(state["position_embedding"].numpy(), checkpoint.config.grid, config.grid)
+        state = state | {"position_embedding": torch.from_numpy(table)}
+    preprocessing = replace(checkpoint.preprocessing, image_size=config.image_size)
+    return replace(checkpoint, config=config, state=state, preprocessing=preprocessing)
+
+
+def _override(config: ModelConfig, hints: Hints) -> ModelConfig:
     if config.moe is not None and (overrides := hints.moe_overrides()):
         config = replace(config, moe=replace(config.moe, **overrides))  # type: ignore[arg-type]
-    if hints.image_size is not None and hints.image_size != config.image_size:
-        resized = replace(config, image_size=hints.image_size)
-        if config.position_embedding == "learned":
-            table = resize_positions(state["position_embedding"].numpy(), config.grid, resized.grid)
-            state = state | {"position_embedding": torch.from_numpy(table)}
-        config, preprocessing = resized, replace(preprocessing, image_size=hints.image_size)
-    return replace(checkpoint, config=config, state=state, preprocessing=preprocessing)
+    return config if hints.image_size is None else replace(config, image_size=hints.image_size)
 
 
 def parse_image_size(text: str) -> tuple[int, int]:
