@@ -61,12 +61,38 @@ def state_from_reference(parameters: MutableMapping[str, Array], config: ModelCo
     Raises:
         ConfigError: a parameter is missing or superfluous, or has the wrong shape; names it with both shapes.
     """
+    check_shapes({name: value.shape for name, value in parameters.items()}, config)
     reader = _Reader(parameters, config)
-    state = {name: np.ascontiguousarray(value) for name, value in reader.model()}
-    if superfluous := sorted(parameters):
-        shape = parameters[superfluous[0]].shape
-        raise ConfigError(f"parameter {superfluous[0]} of shape {shape} has no place in a model of this configuration")
-    return state
+    return {name: np.ascontiguousarray(value) for name, value in reader.model()}
+
+
+def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter that a model of this configuration has in the reference, by path."""
+    recorder = _Recorder({}, config)
+    for _ in recorder.model():
+        pass
+    return recorder.shapes
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
+    """Compares a parameter tree with a configuration before any parameter is read.
+
+    Raises:
+        ConfigError: names the first parameter that differs, the shape found and the shape expected.
+    """
+    expected = reference_shapes(config)
+    for name, shape in expected.items():
+        _check_shape(name, shapes.get(name), shape)
+    if superfluous := sorted(set(shapes) - set(expected)):
+        name = superfluous[0]
+        raise ConfigError(f"parameter {name} of shape {shapes[name]} has no place in a model of this configuration")
+
+
+def _check_shape(name: str, found: tuple[int, ...] | None, expected: tuple[int, ...]) -> None:
+    if found is None:
+        raise ConfigError(f"parameter {name} of shape {expected} is missing")
+    if found != expected:
+        raise ConfigError(f"parameter {name} has shape {found}, expected {expected}")
 
 
 class _Reader:
@@ -76,12 +102,8 @@ class _Reader:
         self.parameters, self.config = parameters, config
 
     def take(self, name: str, *shape: int) -> Array:
-        if name not in self.parameters:
-            raise ConfigError(f"parameter {name} of shape {shape} is missing")
-        found = self.parameters.pop(name)
-        if found.shape != shape:
-            raise ConfigError(f"parameter {name} has shape {found.shape}, expected {shape}")
-        return found
+        _check_shape(name, self.parameters[name].shape if name in self.parameters else None, shape)
+        return self.parameters.pop(name)
 
     def model(self) -> Iterator[tuple[str, Array]]:
         config, size = self.config, self.config.hidden_size
@@ -160,6 +182,18 @@ class _Reader:
     def norm(self, theirs: str, ours: str) -> Iterator[tuple[str, Array]]:
         yield f"{ours}.weight", self.take(f"{theirs}/scale", self.config.hidden_size)
         yield f"{ours}.bias", self.take(f"{theirs}/bias", self.config.hidden_size)
+
+
+class _Recorder(_Reader):
+    """Notes what is asked for, and hands out zeros that take no memory."""
+
+    def __init__(self, parameters: MutableMapping[str, Array], config: ModelConfig) -> None:
+        super().__init__(parameters, config)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def take(self, name: str, *shape: int) -> Array:
+        self.shapes[name] = shape
+        return np.broadcast_to(np.float32(0), shape)
 
 
 def config_from_reference(model: Mapping[str, Any], image_size: tuple[int, int]) -> ModelConfig:

@@ -33,7 +33,7 @@ from vmoe.model import VisionTransformer
 from vmoe.npz import Array, read_npz
 from vmoe.orbax import find_orbax, read_orbax
 from vmoe.positions import resize_positions
-from vmoe.reference import config_from_reference, state_from_reference
+from vmoe.reference import check_shapes, config_from_reference, state_from_reference
 from vmoe.timm import MARK as TIMM_MARK
 from vmoe.timm import from_timm
 
@@ -140,7 +140,9 @@ def _load_tree(source: Source, hints: Hints, config_path: Path | None, progress:
     if source.kind == "reference":
         # The index alone tells whether the model fits: refuse before gigabytes are read.
         stored = tree_shapes(source.path)
-        config = _tree_config({name: array.shape for name, array in stored.items()}, hints, config_path, release)
+        shapes = {name: array.shape for name, array in stored.items()}
+        config = _tree_config(shapes, hints, config_path, release)
+        check_shapes(shapes, config)
         total_bytes = sum(array.size_bytes for array in stored.values())
         parameters = read_parameters(source.path, advance=lambda read: progress(read, total_bytes))
     else:
