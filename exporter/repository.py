@@ -11,7 +11,7 @@ from exporter.bundle import LABELS_FILE, MODEL_FILE, WEIGHTS_FILE, Manifest, sha
 from vmoe.atomic_directory import replaced_directory
 
 # A protobuf ends at 2 GB, and holds three copies of the weights in memory while it is written. Chosen, not tuned.
-INLINE_BYTES = 2**29
+INLINE_BYTES = 2**27
 
 _TRITON_TYPES = {
     ir.DataType.UINT8: "TYPE_UINT8",

@@ -19,7 +19,8 @@ from vmoe.config import VARIANTS
 from vmoe.reference import reference_shapes
 
 LOAD = "from pathlib import Path; from vmoe.sources import load_source; load_source(Path({prefix!r}))"
-PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+# Not getrusage: its maximum starts with the memory of the process that forked.
+PEAK = "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
 
 
 def random_tree(name: str) -> tuple[Tree, int]:
@@ -42,7 +43,7 @@ def measure(statements: str) -> tuple[float, int]:
     """Seconds and peak bytes of a Python process."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", f"{statements}\n{PEAK}"], stdout=subprocess.PIPE, check=True)
-    return time.perf_counter() - start, int(done.stdout.split()[-1]) * 1024
+    return time.perf_counter() - start, int(done.stdout.split()[-2]) * 1024
 
 
 def main(name: str, action: str = "load") -> None:
