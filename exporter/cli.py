@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from exporter.bundle import Bundle, BundleError, Manifest, Parity, Point, Provenance, write_manifest
+from exporter.bundle import Bundle, Manifest, Parity, Point, Provenance, write_manifest
 from exporter.graph import InputType, WeightType, build_graph
 from exporter.parity import TOLERANCE, ParityError, check_parity
 from exporter.profiling import (
@@ -38,8 +38,7 @@ from exporter.profiling import (
 from exporter.repository import write_bundle
 from exporter.session import open_session
 from vmoe.checkpoint import Checkpoint, load_checkpoint
-from vmoe.data import DataError, LabelledImages, load_images
-from vmoe.errors import CheckpointError
+from vmoe.data import LabelledImages, check_classes, load_images
 from vmoe.operating_point import parse_point
 from vmoe.preprocess import Preprocessing, normalize
 
@@ -131,7 +130,7 @@ def _export(
     chosen = [parse_point(text) for text in points] or default_points(config)
     ladder = make_points(config, chosen) if config.moe is not None else ()
     most = 0 if config.moe is None else max(max_selected_experts or 0, *(p.num_selected_experts for p in ladder))
-    data = None if images is None else load_images(images, preprocessing, train=False)
+    data = None if images is None else _labelled(images, preprocessing, loaded.labels)
     state = {key: value.numpy() for key, value in loaded.state.items()}
     if config.position_embedding == "sincos2d":
         state["sincos2d"] = loaded.model().sincos2d.numpy()
@@ -162,7 +161,7 @@ def _export(
 
 def _profile_existing(directory: Path, images: Path | None, threads: int, rounds: int) -> Manifest:
     bundle = Bundle.load(directory)
-    data = None if images is None else load_images(images, bundle.manifest.preprocessing, train=False)
+    data = None if images is None else _labelled(images, bundle.manifest.preprocessing, bundle.manifest.labels)
     manifest = _profile(bundle.manifest, bundle.model_path, images, data, threads, rounds)
     write_manifest(directory, manifest)
     return manifest
@@ -224,6 +223,12 @@ def _profile(
     return manifest.model_copy(update={"points": points, "profile": profile})
 
 
+def _labelled(path: Path, preprocessing: Preprocessing, labels: tuple[str, ...]) -> LabelledImages:
+    data = load_images(path, preprocessing, train=False)
+    check_classes(data, labels)
+    return data
+
+
 def _samples(preprocessing: Preprocessing, data: LabelledImages | None, count: int) -> npt.NDArray[np.uint8]:
     """Seeded noise, and real images for the first half when there are any: (count, H, W, channels)."""
     shape = (count, *preprocessing.image_size, preprocessing.channels)
@@ -279,6 +284,6 @@ def _clear_errors() -> Iterator[None]:
     """Bad input ends with one line and exit code 1, not with a traceback."""
     try:
         yield
-    except (BundleError, CheckpointError, DataError, ParityError, ValueError, OSError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+    except (ParityError, ValueError, OSError) as error:  # BundleError, CheckpointError, DataError are ValueErrors
+        typer.echo(f"error: {error}", err=True)  # not through rich, which reads brackets as markup
         raise typer.Exit(1) from error

@@ -86,16 +86,11 @@ class _Builder:
 
     def model(self) -> ir.Model:
         config, moe = self.config, self.config.moe
-        images = ir.Input(
-            "images",
-            ir.Shape(["batch", *config.image_size, config.channels]),
-            ir.TensorType(IMAGE_TYPES[self.input_type]),
-        )
+        images = ir.val("images", IMAGE_TYPES[self.input_type], ["batch", *config.image_size, config.channels])
         inputs = [images]
         if moe is not None:
-            int64 = ir.TensorType(ir.DataType.INT64)
-            inputs.append(ir.Input("slots", ir.Shape(["batch", len(moe.layers)]), int64))
-            inputs.append(ir.Input("num_selected_experts", ir.Shape(["batch", 1]), int64))
+            inputs.append(ir.val("slots", ir.DataType.INT64, ["batch", len(moe.layers)]))
+            inputs.append(ir.val("num_selected_experts", ir.DataType.INT64, ["batch", 1]))
         tokens = self._embed(images)
         for index in range(config.num_layers):
             name = f"blocks.{index}"

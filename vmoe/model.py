@@ -258,7 +258,9 @@ class VisionTransformer(nn.Module):
                 f"got {tuple(slots.shape)} and {tuple(num_selected.shape)}"
             )
         if max_selected is None:
-            max_selected = int(num_selected.max())
+            max_selected, least = int(num_selected.max()), int(num_selected.min())
+            if least < 1:
+                raise ValueError(f"num_selected_experts must be 1 to {config.moe.num_experts}, got {least}")
         if not 1 <= max_selected <= config.moe.num_experts:
             raise ValueError(f"num_selected_experts must be 1 to {config.moe.num_experts}, got {max_selected}")
         stride = config.moe.group_images
