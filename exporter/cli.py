@@ -19,11 +19,10 @@ import onnxruntime
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from exporter.bundle import Bundle, BundleError, Manifest, Parity, Point, Provenance, sha256, write_manifest
+from exporter.bundle import Bundle, Manifest, Parity, Point, Provenance, sha256, write_manifest
 from exporter.graph import InputType, WeightType, build_graph
 from exporter.parity import TOLERANCE, ParityError, check_parity
 from exporter.plan import Plan, plan
@@ -41,8 +40,7 @@ from exporter.repository import write_bundle
 from exporter.session import open_session
 from vmoe.architecture import Hints
 from vmoe.checkpoint import Checkpoint
-from vmoe.data import DataError, LabelledImages, load_images
-from vmoe.errors import CheckpointError
+from vmoe.data import LabelledImages, check_classes, load_images
 from vmoe.operating_point import parse_point
 from vmoe.preprocess import Preprocessing, normalize
 from vmoe.sources import find_source, load_source, parse_image_size, read_architecture
@@ -208,7 +206,7 @@ def _export(
     chosen = [parse_point(text) for text in points] or default_points(config)
     ladder = make_points(config, chosen) if config.moe is not None else ()
     most = 0 if config.moe is None else max(max_selected_experts or 0, *(p.num_selected_experts for p in ladder))
-    data = None if images is None else load_images(images, preprocessing, train=False)
+    data = None if images is None else _labelled(images, preprocessing, loaded.labels)
     state = {key: value.numpy() for key, value in loaded.state.items()}
     if config.position_embedding == "sincos2d":
         state["sincos2d"] = loaded.model().sincos2d.numpy()
@@ -239,7 +237,7 @@ def _export(
 
 def _profile_existing(directory: Path, images: Path | None, threads: int, rounds: int) -> Manifest:
     bundle = Bundle.load(directory)
-    data = None if images is None else load_images(images, bundle.manifest.preprocessing, train=False)
+    data = None if images is None else _labelled(images, bundle.manifest.preprocessing, bundle.manifest.labels)
     manifest = _profile(bundle.manifest, bundle.model_path, images, data, threads, rounds)
     write_manifest(directory, manifest)
     return manifest
@@ -303,6 +301,12 @@ def _profile(
                 session, samples, points, batch_sizes=batch_sizes, rounds=rounds, advance=lambda n: bar.advance(task, n)
             )
     return manifest.model_copy(update={"points": points, "profile": profile})
+
+
+def _labelled(path: Path, preprocessing: Preprocessing, labels: tuple[str, ...]) -> LabelledImages:
+    data = load_images(path, preprocessing, train=False)
+    check_classes(data, labels)
+    return data
 
 
 def _samples(preprocessing: Preprocessing, data: LabelledImages | None, count: int) -> npt.NDArray[np.uint8]:
@@ -372,6 +376,6 @@ def _clear_errors() -> Iterator[None]:
     """Bad input ends with one line and exit code 1, not with a traceback."""
     try:
         yield
-    except (BundleError, CheckpointError, DataError, ParityError, ValueError, OSError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+    except (ParityError, ValueError, OSError) as error:  # BundleError, CheckpointError, DataError are ValueErrors
+        typer.echo(f"error: {error}", err=True)  # not through rich, which reads brackets as markup
         raise typer.Exit(1) from error

@@ -77,7 +77,7 @@ def macs_per_image(config: ModelConfig, kept_assignments: Sequence[float]) -> fl
     if config.representation_size is not None:
         head = size * config.representation_size + config.representation_size * config.num_classes
     if config.classifier == "map":
-        head += 2 * tokens * size**2 + 2 * tokens * size + size**2 + 2 * size * mlp
+        head += 2 * tokens * size**2 + 2 * tokens * size + 2 * size**2 + 2 * size * mlp
     return embedding + config.num_layers * attention + dense + router + experts + head
 
 

@@ -1,8 +1,8 @@
 """Encoded bytes to the model's uint8 array, for every kind of file that people send.
 
 Bytes and pixels are checked before any pixel is decoded, from the length and the header, so that a small file cannot
-unfold into gigabytes. Of animations the first frame counts. Transparent pixels are laid over white, as a browser does.
-Sixteen-bit values are scaled to eight bits. EXIF orientation is applied. Colour profiles are ignored, as in training.
+unfold into gigabytes. Of animations the first frame counts. What the pixels mean is `vmoe.preprocess`'s to say, as in
+training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from io import BytesIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from server.errors import BrokenImage, ImageTooLarge, NotAnImage, TooManyPixels, UnsupportedMediaType
 from vmoe.preprocess import Preprocessing, fit
@@ -25,7 +25,6 @@ from vmoe.preprocess import Preprocessing, fit
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MEDIA_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp")
 _ALIASES = ("image/jpg", "image/pjpeg", "image/x-png", "image/apng", "image/x-ms-bmp", "image/x-bmp")
-_BACKGROUND = (255, 255, 255, 255)
 
 # What Pillow raises on damaged files; it documents no common base class. Chosen by judgement; the tests mutate files.
 _PILLOW_ERRORS = (EOFError, IndexError, OSError, OverflowError, SyntaxError, ValueError, struct.error, zlib.error)
@@ -93,7 +92,7 @@ def decode_image(upload: Upload, preprocessing: Preprocessing, limits: DecodeLim
                     f"the image has {width} x {height} pixels; at most {limits.max_image_pixels} are accepted"
                 )
             image.load()
-            return fit(_flatten(ImageOps.exif_transpose(image)), preprocessing)
+            return fit(image, preprocessing)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # Pillow has a limit of its own, above ours by default, and applies it when it reads the header.
         raise TooManyPixels(f"the image has too many pixels; at most {limits.max_image_pixels} are accepted") from error
@@ -101,26 +100,3 @@ def decode_image(upload: Upload, preprocessing: Preprocessing, limits: DecodeLim
         raise NotAnImage(f"the content is none of {', '.join(FORMATS)}") from error
     except _PILLOW_ERRORS as error:
         raise BrokenImage("the image is truncated or damaged and cannot be decoded") from error
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    """Any mode of our formats to an opaque 8-bit image that `fit` may convert without losing meaning."""
-    if image.mode.startswith("I"):
-        return _to_8_bit(image)
-    if image.has_transparency_data:
-        foreground = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, _BACKGROUND), foreground).convert("RGB")
-    if image.mode == "CMYK":
-        # Pillow has inverted the values already: it takes every CMYK JPEG for one of Adobe's, and so do we.
-        return image.convert("RGB")
-    return image
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Sixteen-bit luminance (modes I;16 and I) to mode L, rounded. Pillow's own conversion clips instead."""
-    wide = np.asarray(image).clip(0, 65535).astype(np.uint32)
-    narrow = ((wide + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257
-    if (key := image.info.get("transparency")) is None:
-        return Image.fromarray(narrow)
-    opaque = np.where(wide == key, np.uint8(_BACKGROUND[0]), narrow)  # PNG: one grey value may mean "transparent"
-    return Image.fromarray(opaque)

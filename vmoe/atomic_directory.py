@@ -17,11 +17,16 @@ def replaced_directory(directory: Path) -> Iterator[Path]:
     try:
         temporary.chmod(0o755)
         yield temporary
+        existed = directory.exists()
         old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
         try:
-            if directory.exists():
+            if existed:
                 directory.replace(old)  # an empty directory may be replaced by a directory
             temporary.replace(directory)
+        except BaseException:
+            if existed and not directory.exists():  # Ctrl-C or an error between the two renames
+                old.replace(directory)
+            raise
         finally:
             shutil.rmtree(old, ignore_errors=True)
     finally:

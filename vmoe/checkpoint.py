@@ -1,7 +1,7 @@
 """Checkpoints on disk: a directory with `model.safetensors`, `config.json` and, while training, the optimiser's state.
 
-Nothing here unpickles. A checkpoint is written into a temporary sibling and renamed, so that a reader sees the old one
-or the new one and a killed run loses nothing.
+Nothing here unpickles. A checkpoint is written into a temporary sibling, which then takes the old one's place: a reader
+sees the old one or the new one. A run that is killed between the two renames leaves the old one as `.checkpoint.old.*`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Checkpoint:
         for name, value in self.state.items():
             if not torch.isfinite(value.to(dtype)).all():
                 largest, limit = value.abs().max().item(), torch.finfo(dtype).max
-                raise CheckpointError(f"parameter {name} reaches {largest:g}, {dtype} ends at {limit:g}: use float32")
+                narrow = str(dtype).removeprefix("torch.")
+                raise CheckpointError(f"parameter {name} reaches {largest:g}, {narrow} ends at {limit:g}: use float32")
         return replace(self, state={name: value.to(dtype).float() for name, value in self.state.items()})
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +18,7 @@ from rich.table import Table
 
 from vmoe.checkpoint import load_checkpoint
 from vmoe.config import VARIANTS, ModelConfig, load_config
-from vmoe.data import FASHION_MNIST_DIRECTORY, FASHION_MNIST_MEAN, FASHION_MNIST_STD, load_images
+from vmoe.data import FASHION_MNIST_DIRECTORY, FASHION_MNIST_MEAN, FASHION_MNIST_STD, check_classes, load_images
 from vmoe.evaluate import evaluate as evaluate_points
 from vmoe.model import VisionTransformer
 from vmoe.operating_point import OperatingPoint, parse_point
@@ -69,7 +71,7 @@ def train(
         float, typer.Option(help="Share of images that get a random (C, K) in each step.")
     ] = DEFAULTS.adaptive,
     adaptive_min_capacity_factor: float = DEFAULTS.adaptive_min_capacity_factor,
-    autocast: Annotated[str, typer.Option(help="bfloat16 or none.")] = DEFAULTS.autocast,
+    autocast: Annotated[str, typer.Option(help="bfloat16, none, or auto: bfloat16 where it is fast.")] = "auto",
     clip_norm: float = DEFAULTS.clip_norm,
     seed: int = DEFAULTS.seed,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there is one.")] = "auto",
@@ -77,34 +79,37 @@ def train(
 ) -> None:
     """Trains a model; the averaged weights of the run end up in OUTPUT/checkpoint."""
     logging.basicConfig(level=logging.INFO)
-    settings = TrainConfig(
-        epochs, batch_size, learning_rate, warmup_steps, weight_decay, label_smoothing, mixup, average_decay, shift,
-        scale, erase, adaptive, adaptive_min_capacity_factor, autocast, clip_norm, seed,
-    )  # fmt: skip
-    model_config = VARIANTS[variant] if config is None else load_config(config)
-    preprocessing = default_preprocessing(model_config)
-    images, held_out = (load_images(data, preprocessing, train=part) for part in (True, False))
-    trainer = Trainer(model_config, settings, images, preprocessing, torch.device(_device(device)))
-    checkpoint = output / "checkpoint"
-    if resume and checkpoint.exists():
-        trainer.resume(checkpoint, load_checkpoint(checkpoint).state)
-    points = [model_config.operating_point]
-    if model_config.moe is not None:
-        points.append(OperatingPoint(0.25, 1))
+    with _clear_errors():
+        if config is None and variant not in VARIANTS:
+            raise typer.BadParameter(f"unknown variant {variant!r}; known are {', '.join(VARIANTS)}")
+        settings = TrainConfig(
+            epochs, batch_size, learning_rate, warmup_steps, weight_decay, label_smoothing, mixup, average_decay, shift,
+            scale, erase, adaptive, adaptive_min_capacity_factor, _autocast(autocast, device), clip_norm, seed,
+        )  # fmt: skip
+        model_config = VARIANTS[variant] if config is None else load_config(config)
+        preprocessing = default_preprocessing(model_config)
+        images, held_out = (load_images(data, preprocessing, train=part) for part in (True, False))
+        trainer = Trainer(model_config, settings, images, preprocessing, torch.device(_device(device)))
+        checkpoint = output / "checkpoint"
+        if resume and checkpoint.exists():
+            trainer.resume(checkpoint, load_checkpoint(checkpoint).state)
+        points = [model_config.operating_point]
+        if model_config.moe is not None:
+            points.append(OperatingPoint(0.25, 1))
 
-    def accuracies(model: VisionTransformer) -> dict[str, float]:
-        # A glimpse on 2,000 images: a full pass after every epoch would take a tenth of the run.
-        found = evaluate_points(model, held_out, preprocessing, points, limit=2000)
-        return {f"accuracy_{result.point}": result.accuracy for result in found}
+        def accuracies(model: VisionTransformer) -> dict[str, float]:
+            # A glimpse on 2,000 images: a full pass after every epoch would take a tenth of the run.
+            found = evaluate_points(model, held_out, preprocessing, points, limit=2000)
+            return {f"accuracy_{result.point}": result.accuracy for result in found}
 
-    with main_progress() as bar:
-        task = bar.add_task("train", total=trainer.num_steps, completed=trainer.step, status="")
+        with main_progress() as bar:
+            task = bar.add_task("train", total=trainer.num_steps, completed=trainer.step, status="")
 
-        def report(step: int, values: dict[str, float]) -> None:
-            status = f"loss {values['loss']:.3f}  accuracy {values['train_accuracy']:.3f}"
-            bar.update(task, completed=step, status=status)
+            def report(step: int, values: dict[str, float]) -> None:
+                status = f"loss {values['loss']:.3f}  accuracy {values['train_accuracy']:.3f}"
+                bar.update(task, completed=step, status=status)
 
-        run_training(trainer, output, evaluate=accuracies, progress=report)
+            run_training(trainer, output, evaluate=accuracies, progress=report)
 
 
 @app.command()
@@ -119,30 +124,32 @@ def evaluate(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
     """Prints top-1 accuracy and the share of assignments kept, per operating point."""
-    loaded = load_checkpoint(checkpoint)
-    images = load_images(data, loaded.preprocessing, train=False)
-    points: list[OperatingPoint | None] = [None]
-    if loaded.config.moe is not None:
-        points = [parse_point(text) for text in point] if point else list(EVALUATION_POINTS)
-    model = loaded.model().to(_device(device))
-    total = (len(images) if limit is None else min(limit, len(images))) * len(points)
-    with main_progress() as bar:
-        task = bar.add_task("evaluate", total=total, status="")
-        results = evaluate_points(
-            model, images, loaded.preprocessing, points, limit=limit, advance=lambda n: bar.advance(task, n)
-        )
-    table = Table("C", "K", "slots", "accuracy", "kept per MoE layer", title=f"{results[0].num_images} images")
-    for result in results:
-        c, k = (
-            ("-", "-")
-            if result.point is None
-            else (f"{result.point.capacity_factor:g}", str(result.point.num_selected_experts))
-        )
-        slots = ", ".join(map(str, result.slots))
-        table.add_row(c, k, slots, f"{100 * result.accuracy:.2f} %", "  ".join(f"{x:.3f}" for x in result.kept))
-    console.print(table)
-    if json_path is not None:
-        json_path.write_text(json.dumps([asdict(result) for result in results], indent=2))
+    with _clear_errors():
+        loaded = load_checkpoint(checkpoint)
+        images = load_images(data, loaded.preprocessing, train=False)
+        check_classes(images, loaded.labels)
+        points: list[OperatingPoint | None] = [None]
+        if loaded.config.moe is not None:
+            points = [parse_point(text) for text in point] if point else list(EVALUATION_POINTS)
+        model = loaded.model().to(_device(device))
+        total = (len(images) if limit is None else min(limit, len(images))) * len(points)
+        with main_progress() as bar:
+            task = bar.add_task("evaluate", total=total, status="")
+            results = evaluate_points(
+                model, images, loaded.preprocessing, points, limit=limit, advance=lambda n: bar.advance(task, n)
+            )
+        table = Table("C", "K", "slots", "accuracy", "kept per MoE layer", title=f"{results[0].num_images} images")
+        for result in results:
+            c, k = (
+                ("-", "-")
+                if result.point is None
+                else (f"{result.point.capacity_factor:g}", str(result.point.num_selected_experts))
+            )
+            slots = ", ".join(map(str, result.slots))
+            table.add_row(c, k, slots, f"{100 * result.accuracy:.2f} %", "  ".join(f"{x:.3f}" for x in result.kept))
+        console.print(table)
+        if json_path is not None:
+            json_path.write_text(json.dumps([asdict(result) for result in results], indent=2))
 
 
 def default_preprocessing(config: ModelConfig) -> Preprocessing:
@@ -152,5 +159,26 @@ def default_preprocessing(config: ModelConfig) -> Preprocessing:
     return Preprocessing(config.image_size, 3, (0.5,) * 3, (0.5,) * 3)
 
 
+def _autocast(name: str, device: str) -> str:
+    """bfloat16 on GPUs and on CPUs that multiply it in hardware; elsewhere it is emulated and much slower."""
+    if name != "auto":
+        return name
+    capabilities = torch.cpu.get_capabilities()
+    fast = _device(device) != "cpu" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bfloat16" if fast else "none"
+
+
 def _device(name: str) -> str:
+    if name not in ("auto", "cpu") and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise typer.BadParameter(f"device must be auto, cpu, or cuda on a machine with a GPU, got {name!r}")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Bad input and a diverged run end with one line and exit code 1, not with a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:  # CheckpointError, ConfigError, DataError: ValueErrors
+        typer.echo(f"error: {error}", err=True)  # not through rich, which reads brackets as markup
+        raise typer.Exit(1) from error

@@ -7,6 +7,7 @@ default of a forward pass and the top of the ladder of operating points.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -61,6 +62,7 @@ class MoeConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        _check_positive(self, "num_experts", "capacity_factor", "capacity_multiple", "group_images")
         if not 1 <= self.num_selected_experts <= self.num_experts:
             raise ConfigError(
                 f"num_selected_experts must be between 1 and num_experts = {self.num_experts}, "
@@ -74,8 +76,10 @@ class MoeConfig:
             raise ConfigError(f"routing must be 'bpr' or 'vanilla', got {self.routing!r}")
         if list(self.layers) != sorted(set(self.layers)) or not self.layers:
             raise ConfigError(f"layers must be a non-empty ascending list of block indices, got {list(self.layers)}")
-        if self.group_images < 1:
-            raise ConfigError(f"group_images must be at least 1, got {self.group_images}")
+        if self.capacity_rounding not in ("ceil", "round"):
+            raise ConfigError(f"capacity_rounding must be 'ceil' or 'round', got {self.capacity_rounding!r}")
+        if not 0 <= self.noise_std < math.inf:
+            raise ConfigError(f"noise_std must be at least 0 and finite, got {self.noise_std}")
 
     @property
     def most_selected_experts(self) -> int:
@@ -121,6 +125,18 @@ class ModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", tuple(self.image_size))
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        _check_positive(self, "num_classes", "hidden_size", "num_layers", "mlp_dim", "num_heads", "channels")
+        for name in ("image_size", "patch_size"):
+            if len(getattr(self, name)) != 2 or min(getattr(self, name)) < 1:
+                raise ConfigError(f"{name} must be (height, width), each at least 1, got {getattr(self, name)}")
+        if self.classifier not in ("token", "gap", "map"):
+            raise ConfigError(f"classifier must be 'token', 'gap' or 'map', got {self.classifier!r}")
+        if self.position_embedding not in ("learned", "sincos2d", "none"):
+            raise ConfigError(
+                f"position_embedding must be 'learned', 'sincos2d' or 'none', got {self.position_embedding!r}"
+            )
+        if self.representation_size is not None:
+            _check_positive(self, "representation_size")
         if any(size % patch for size, patch in zip(self.image_size, self.patch_size, strict=True)):
             raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads:
@@ -197,7 +213,16 @@ class ModelConfig:
         return _build(cls, values | {"moe": None if moe is None else _build(MoeConfig, moe)})
 
 
-def _build(cls: type[_Config], values: dict[str, Any]) -> _Config:
+def _check_positive(config: MoeConfig | ModelConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} must be above 0 and finite, got {value}")
+
+
+def _build(cls: type[_Config], values: Any) -> _Config:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{cls.__name__} must be a JSON object, got {type(values).__name__}")
     known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     if unknown := set(values) - known:
         raise ConfigError(f"unknown keys {sorted(unknown)} for {cls.__name__}; known are {sorted(known)}")
@@ -226,8 +251,8 @@ def load_config(path: Path) -> ModelConfig:
     """Reads a model configuration from a JSON file."""
     try:
         return ModelConfig.from_json(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read the model configuration {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the model configuration {path}: {error}") from error
 
 
 # Sizes of the paper's table 8 and of the released files; `fashion_mnist` is the small model that we train and ship.

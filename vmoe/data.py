@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,12 +138,28 @@ def load_images(path: Path, preprocessing: Preprocessing, *, train: bool) -> Lab
     A folder may hold the splits `train` and `val` (or `test`), each with the classes.
     """
     split = "train" if train else "t10k"
-    if any(path.glob(f"{split}-images-idx3-ubyte*")):
+    if any(path.glob("*-images-idx3-ubyte*")):
         return load_idx(path, split)
     for name in ("train",) if train else ("val", "test"):
         if (path / name).is_dir():
             return ImageFolder(path / name, preprocessing)
+    other = path / ("val" if train else "train")
+    if other.is_dir() and any(child.is_dir() for child in other.iterdir()):
+        raise DataError(f"{path} has a split {other.name!r} but no {'train' if train else 'val or test'}")
     return ImageFolder(path, preprocessing)
+
+
+def check_classes(images: LabelledImages, labels: tuple[str, ...]) -> None:
+    """Refuses data with another number of classes than the model: its class numbers would mean something else.
+
+    Raises:
+        DataError: names both numbers.
+    """
+    if len(images.labels) != len(labels):
+        raise DataError(
+            f"the data have {len(images.labels)} classes, the model has {len(labels)}; a folder must hold a sub-folder "
+            "for every class of the model"
+        )
 
 
 def augment(images: Tensor, generator: torch.Generator, *, shift: float, scale: float, erase: float) -> Tensor:
@@ -184,7 +201,7 @@ def _read_idx(directory: Path, name: str, dimensions: int) -> npt.NDArray[np.uin
         )
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     header = struct.Struct(f">HBB{dimensions}I")
     if len(raw) < header.size:

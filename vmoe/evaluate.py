@@ -49,6 +49,9 @@ def evaluate(
         model: in evaluation mode, on any device.
         batch_size: images per forward pass; rounded down to whole routing groups, a rest that fills none is left out.
         advance: called with the number of images done, for a progress bar.
+
+    Raises:
+        ValueError: there is no image, or an image does not fit the model.
     """
     device = model.head.weight.device
     scale, offset = (torch.from_numpy(a).to(device) for a in scale_and_offset(preprocessing))
@@ -56,6 +59,10 @@ def evaluate(
     batch_size = max(group, batch_size - batch_size % group)
     total = len(data) if limit is None else min(limit, len(data))
     total -= total % group
+    if total < 1:
+        raise ValueError(
+            f"no images to evaluate: {len(data)} in the data set, limit {limit}, {group} per routing group"
+        )
     correct = np.zeros(len(points), dtype=np.int64)
     kept = [torch.zeros(0)] * len(points)
     for start in range(0, total, batch_size):

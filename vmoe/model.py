@@ -261,11 +261,12 @@ class VisionTransformer(nn.Module):
                 f"slots must have shape {(batch, len(config.moe.layers))} and num_selected_experts {(batch,)}, "
                 f"got {tuple(slots.shape)} and {tuple(num_selected.shape)}"
             )
+        most, least = config.moe.most_selected_experts, 1
         if max_selected is None:
-            max_selected = int(num_selected.max())
-        most = config.moe.most_selected_experts
-        if not 1 <= max_selected <= most:
-            raise ValueError(f"num_selected_experts must be 1 to {most}, got {max_selected}")
+            max_selected, least = int(num_selected.max()), int(num_selected.min())
+        if not 1 <= least <= max_selected <= most:
+            seen = max_selected if least >= 1 else least
+            raise ValueError(f"num_selected_experts must be 1 to {most}, got {seen}")
         stride = config.moe.group_images
         return slots[::stride], num_selected[::stride], max_selected
 
@@ -279,7 +280,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(query, key, value)
 
 
-def sincos2d(grid: tuple[int, int], size: int, temperature: float) -> Tensor:
+def sincos2d(grid: tuple[int, int], size: int, temperature: float = 10_000.0) -> Tensor:
     """Fixed positions of the patches, [sin x, cos x, sin y, cos y] with x the column: (1, rows * columns, size).
 
     Frequencies are temperature ** -(i / (size/4 - 1)), as in the reference. Made in float64 on the CPU: tables of

@@ -1,7 +1,8 @@
 """Pixels to model input: the one definition, used by training, evaluation, export and the gateway. Torch-free.
 
-Two steps, split where the data gets small: `fit` turns a decoded image of any size into the uint8 array that the model
-expects; `normalize` maps that array to floats. The exported graph holds the second step: the gateway ships bytes.
+Two steps, split where the data gets small: `fit` turns an opened image of any size and mode into the uint8 array that
+the model expects; `normalize` maps that array to floats. The exported graph holds the second step: the gateway ships
+bytes.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
 Fit = Literal["stretch", "center_crop"]
+
+_BACKGROUND = (255, 255, 255, 255)  # under transparent pixels: white, as a browser shows them
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,16 @@ class Preprocessing:
 
 
 def fit(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """Resizes a decoded image (mode L or RGB): (height, width, channels) uint8.
+    """An opened image of any mode as the model's pixels: (height, width, channels) uint8.
 
-    An image that already has the right size passes through untouched, byte for byte.
+    EXIF orientation is applied, transparent pixels are laid over white, 16-bit values are scaled to 8 bits, colour
+    profiles are ignored. An image that already has the right size and mode passes through untouched, byte for byte.
+
+    Raises:
+        OSError: the file behind the image is damaged (Pillow reads pixels lazily and has other errors for this, too).
     """
     height, width = preprocessing.image_size
-    image = image.convert("L" if preprocessing.channels == 1 else "RGB")
+    image = _flatten(ImageOps.exif_transpose(image)).convert("L" if preprocessing.channels == 1 else "RGB")
     if image.size != (width, height):
         box = None if preprocessing.fit == "stretch" else _crop_box(image.size, preprocessing)
         # One resampling from the source box: cutting first or after gives the same pixels up to rounding, at less work.
@@ -74,6 +81,29 @@ def scale_and_offset(preprocessing: Preprocessing) -> tuple[npt.NDArray[np.float
     """Per-channel factors (channels,) of `normalize`, computed in double precision."""
     mean, std = np.asarray(preprocessing.mean), np.asarray(preprocessing.std)
     return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Any mode to an opaque 8-bit image that Pillow converts to L or RGB without losing meaning."""
+    if image.mode.startswith("I"):
+        return _to_8_bit(image)
+    if image.has_transparency_data:
+        foreground = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, _BACKGROUND), foreground).convert("RGB")
+    if image.mode == "CMYK":
+        # Pillow has inverted the values already: it takes every CMYK JPEG for one of Adobe's, and so do we.
+        return image.convert("RGB")
+    return image
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Sixteen-bit luminance (modes I;16 and I) to mode L, rounded. Pillow's own conversion clips instead."""
+    wide = np.asarray(image).clip(0, 65535).astype(np.uint32)
+    narrow = ((wide + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257
+    if (key := image.info.get("transparency")) is None:
+        return Image.fromarray(narrow)
+    opaque = np.where(wide == key, np.uint8(_BACKGROUND[0]), narrow)  # PNG: one grey value may mean "transparent"
+    return Image.fromarray(opaque)
 
 
 def _crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[float, float, float, float]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vmoe.checkpoint import Checkpoint, load_training_state, save_checkpoint
-from vmoe.config import ModelConfig
+from vmoe.config import ModelConfig, load_config
 from vmoe.data import LabelledImages, augment
 from vmoe.errors import CheckpointError
 from vmoe.model import VisionTransformer
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a run depends on besides model and data.
+    """Everything that a run depends on besides model and data. The defaults are those of the shipped model.
 
     Attributes:
         epochs, batch_size: length of the run and images per step.
@@ -54,22 +54,28 @@ class TrainConfig:
         clip_norm: largest norm of the gradient.
     """
 
-    epochs: int = 30
-    batch_size: int = 128
-    learning_rate: float = 1e-3
+    epochs: int = 26
+    batch_size: int = 96
+    learning_rate: float = 1.2e-3
     warmup_steps: int = 500
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
     mixup: float = 0.0
     average_decay: float = 0.999
-    shift: float = 0.07
-    scale: float = 0.1
-    erase: float = 0.25
+    shift: float = 0.05
+    scale: float = 0.08
+    erase: float = 0.15
     adaptive: float = 0.0
     adaptive_min_capacity_factor: float = 0.15
     autocast: str = "bfloat16"
     clip_norm: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError(f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}")
+        if self.autocast not in ("bfloat16", "none"):
+            raise ValueError(f"autocast must be 'bfloat16' or 'none', got {self.autocast!r}")
 
 
 class Trainer:
@@ -83,6 +89,10 @@ class Trainer:
         preprocessing: Preprocessing,
         device: torch.device,
     ) -> None:
+        if len(data.labels) != model_config.num_classes:
+            raise ValueError(
+                f"the data has {len(data.labels)} classes, the model num_classes {model_config.num_classes}"
+            )
         self.config, self.data, self.preprocessing, self.device = config, data, preprocessing, device
         torch.manual_seed(config.seed)
         self.model = VisionTransformer(model_config).to(device)
@@ -184,6 +194,8 @@ class Trainer:
         }
         if differing:
             raise CheckpointError(f"{directory} was trained with other settings (saved, given): {differing}")
+        if load_config(directory / "config.json") != self.model.config:
+            raise CheckpointError(f"{directory} was trained with another model configuration, see its config.json")
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
         optimizer: dict[int, dict[str, Tensor]] = {}
         for key, value in state.items():

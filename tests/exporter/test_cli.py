@@ -1,127 +1,167 @@
-"""`python -m exporter` from checkpoints of the reference to bundles, and from broken ones to nothing."""
+"""`python -m exporter` on real files: what it leaves behind when it succeeds and when it does not."""
 
 from __future__ import annotations
 
-import shutil
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from exporter.bundle import Bundle
 from exporter.cli import app
-from exporter.session import open_session, run
-from tests.vmoe.upstream import DIRECTORY, Case
+from exporter.parity import ParityError, check_parity
+from exporter.profiling import make_points
+from tests.exporter.models import SMALL, graph_of, pixels, random_checkpoint, session_of, with_moe
+from vmoe.checkpoint import save_checkpoint
+from vmoe.operating_point import OperatingPoint
 
 
-def export(out: Path, *arguments: str | Path) -> Result:
-    """One comparison and no latencies: what is tested here is the way from the file to the bundle."""
-    quick = ["--out", str(out), "--name", "model", "--threads", "1", "--rounds", "0", "--parity-images", "8"]
-    return CliRunner().invoke(app, [*map(str, arguments), *quick], env={"COLUMNS": "1000"})
+def export(tmp_path: Path, *arguments: str, checkpoint: str | None = "checkpoint") -> Result:
+    source = [] if checkpoint is None else [str(tmp_path / checkpoint)]
+    common = ["--name", "tiny", "--out", str(tmp_path / "repository"), "--rounds", "1", "--threads", "1"]
+    return CliRunner().invoke(app, [*source, *common, *arguments])
 
 
-def test_prefix_becomes_a_bundle_that_answers_as_the_reference(tmp_path: Path) -> None:
-    case = Case("token_k2")
-    labels = tmp_path / "labels.txt"
-    labels.write_text("".join(f"class {number}\n" for number in range(case.config.num_classes)))
-    config = case.directory / "config.json"
-    arguments = ("--config", config, "--labels", labels, "--group-images", "8", "--input", "float32")
-    result = export(tmp_path / "repository", case.prefix, *arguments)
+def left_behind(tmp_path: Path) -> list[str]:
+    repository = tmp_path / "repository"
+    return sorted(path.name for path in repository.iterdir()) if repository.exists() else []
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Labelled images of the five classes, of another size than the model's."""
+    for label in range(5):
+        directory = tmp_path / "images" / f"class {label}"
+        directory.mkdir(parents=True)
+        for index in range(4):
+            array = np.random.default_rng(10 * label + index).integers(0, 256, (20, 30, 3), np.uint8)
+            Image.fromarray(array).save(directory / f"{index}.png")
+    return tmp_path / "images"
+
+
+def test_export_with_images_writes_accuracy_latency_and_parity_of_every_point(tmp_path: Path, folder: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
+    result = export(tmp_path, "--images", str(folder), "--point", "0.3,1", "--point", "1,2")
     assert result.exit_code == 0, result.output
-    bundle = Bundle.load(tmp_path / "repository" / "model")
-    manifest = bundle.manifest
-    assert manifest.labels[3] == "class 3"
-    assert (manifest.preprocessing.mean, manifest.preprocessing.fit) == ((0.5, 0.5, 0.5), "stretch")
-    assert manifest.provenance.checkpoint == "ckpt"
-    full = next(p for p in manifest.points if p.operating_point == case.config.operating_point)
-    logits = run(open_session(bundle.model_path, 1), case.inputs, full, ["logits"])[0]
-    golden = np.load(case.directory / "golden_logits.npz")["as_configured"]
-    assert np.abs(logits - golden).max() < 1e-4
+    manifest = Bundle.load(tmp_path / "repository" / "tiny").manifest
+    assert [str(p.operating_point) for p in manifest.points] == ["(0.3, 1)", "(1, 2)"]
+    assert all(p.accuracy is not None and p.kept is not None and len(p.latency) == 6 for p in manifest.points)
+    assert manifest.parity is not None
+    assert 0 < manifest.parity.max_abs_error < manifest.parity.tolerance
+    assert manifest.profile is not None
+    assert manifest.profile.num_images == 20
+    assert "class 0" in manifest.labels
+    assert left_behind(tmp_path) == ["tiny"]
+    assert "max_batch_size: 32" in (tmp_path / "repository" / "tiny" / "config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize("arguments", [("--dtype", "float16"), ("--input", "float32"), ("--group-images", "2")])
+def test_export_in_every_form_passes_its_own_parity_check(tmp_path: Path, arguments: tuple[str, str]) -> None:
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
+    result = export(tmp_path, *arguments, "--point", "1,2")
+    assert result.exit_code == 0, result.output
+    Bundle.load(tmp_path / "repository" / "tiny")
+
+
+def test_export_of_a_dense_model_has_no_points(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(replace(SMALL, moe=None)))
+    result = export(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert Bundle.load(tmp_path / "repository" / "tiny").manifest.points == ()
+
+
+def test_parity_above_the_tolerance_fails_and_keeps_the_old_bundle(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
+    assert export(tmp_path, "--point", "1,2").exit_code == 0
+    before = (tmp_path / "repository" / "tiny" / "manifest.json").read_bytes()
+    # Two float32 implementations never agree to 1e-12.
+    result = export(tmp_path, "--point", "1,2", "--tolerance", "1e-12")
+    assert result.exit_code == 1
+    assert "differ from the model's" in result.output
+    assert "Traceback" not in result.output
+    assert (tmp_path / "repository" / "tiny" / "manifest.json").read_bytes() == before
+    assert left_behind(tmp_path) == ["tiny"]
+
+
+def test_first_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
+    assert export(tmp_path, "--point", "1,2", "--tolerance", "1e-12").exit_code == 1
+    assert left_behind(tmp_path) == []
+
+
+def test_profile_only_measures_latency_again_and_keeps_what_does_not_depend_on_the_machine(
+    tmp_path: Path, folder: Path
+) -> None:
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
+    assert export(tmp_path, "--images", str(folder), "--point", "1,2").exit_code == 0
+    path = tmp_path / "repository" / "tiny" / "manifest.json"
+    before = json.loads(path.read_text())
+    before["points"][0]["latency"] = []
+    path.write_text(json.dumps(before))
+    result = export(tmp_path, "--profile-only", checkpoint=None)
+    assert result.exit_code == 0, result.output
+    after = json.loads(path.read_text())
+    assert len(after["points"][0].pop("latency")) == 6
+    assert before["points"][0].pop("latency") == []
+    assert after["points"] == before["points"]
+    assert after["profile"]["num_images"] == 20
+    assert after["files"] == before["files"]
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "size", "selected"),
+    ("arguments", "message"),
     [
-        ("token_k2", ("--image-size", "64x32", "--routing", "vanilla"), (64, 32), 2),
-        ("gap_k1_prelogits", ("--num-selected-experts", "1"), (64, 64), 1),
-        ("map_head", ("--image-size", "48x32"), (48, 32), 2),
-        ("expert_choice", ("--router", "items_per_expert", "--capacity-factor", "1.5"), (32, 32), 1),
-        ("dense_vit", (), (32, 32), None),
+        (("--point", "1"), "expected C,K such as 0.25,1"),
+        (
+            ("--point", "1,9"),
+            "num_selected_experts must be at most 4 for experts_per_item routing with 4 experts, got 9",
+        ),
+        (("--images", "/nonexistent"), "/nonexistent is not a directory"),
+        (("--labels", "/nonexistent"), "/nonexistent"),
     ],
 )
-def test_prefix_without_configuration_becomes_a_bundle(
-    tmp_path: Path, name: str, options: tuple[str, ...], size: tuple[int, int], selected: int | None
-) -> None:
-    result = export(tmp_path, Case(name).prefix, *options)
-    assert result.exit_code == 0, result.output
-    manifest = Bundle.load(tmp_path / "model").manifest
-    assert manifest.preprocessing.image_size == manifest.architecture.image_size == size
-    assert [p.num_selected_experts for p in manifest.points][-1:] == ([] if selected is None else [selected])
-    assert manifest.parity is not None
-    assert manifest.parity.max_abs_error < 1e-4
-
-
-def test_orbax_folder_becomes_a_bundle(tmp_path: Path) -> None:
-    pytest.importorskip("tensorstore")
-    result = export(tmp_path, DIRECTORY / "token_k2_orbax" / "checkpoint")
-    assert result.exit_code == 0, result.output
-    assert Bundle.load(tmp_path / "model").manifest.architecture.moe is not None
-
-
-def broken(case: Case, directory: Path, damage: str) -> Path:
-    """A copy of a checkpoint in three data files, damaged."""
-    shutil.copytree(case.prefix.parent, directory)
-    prefix = directory / case.prefix.name
-    shards = sorted(directory.glob("*.data-*"))
-    if damage == "truncated":
-        shards[1].write_bytes(shards[1].read_bytes()[:-100])
-    elif damage == "missing":
-        shards[2].unlink()
-    elif damage == "shuffled":
-        first, second = shards[0].read_bytes(), shards[1].read_bytes()
-        shards[0].write_bytes(second)
-        shards[1].write_bytes(first)
-    elif damage == "not finite":
-        data = bytearray(shards[0].read_bytes())
-        start = len(data) // 2 // 4 * 4
-        data[start : start + 64] = b"\xff" * 64
-        shards[0].write_bytes(data)
-    elif damage == "index":
-        index = directory / f"{prefix.name}.index"
-        index.write_bytes(index.read_bytes()[:-10])
-    return prefix
-
-
-@pytest.mark.parametrize("damage", ["truncated", "missing", "shuffled", "not finite", "index"])
-def test_broken_checkpoint_leaves_nothing_in_the_repository(tmp_path: Path, damage: str) -> None:
-    prefix = broken(Case("token_k2_sharded"), tmp_path / "checkpoint", damage)
-    repository = tmp_path / "repository"
-    repository.mkdir()
-    result = export(repository, prefix)
+def test_bad_option_is_named_and_leaves_nothing(tmp_path: Path, arguments: tuple[str, str], message: str) -> None:
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
+    result = export(tmp_path, *arguments)
     assert result.exit_code == 1
-    assert f"error: {prefix}" in result.output  # the file at fault
-    assert damage in ("missing", "index") or "parameter " in result.output
-    assert list(repository.iterdir()) == []
+    assert message in " ".join(result.output.split())
+    assert left_behind(tmp_path) == []
 
 
-def test_broken_checkpoint_leaves_the_bundle_that_was_there(tmp_path: Path) -> None:
-    repository = tmp_path / "repository"
-    assert export(repository, Case("dense_vit").prefix).exit_code == 0
-    before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
-    prefix = broken(Case("token_k2_sharded"), tmp_path / "checkpoint", "truncated")
-    assert export(repository, prefix).exit_code == 1
-    assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
-
-
-def test_mismatch_with_the_configuration_is_named_and_leaves_nothing(tmp_path: Path) -> None:
-    result = export(tmp_path, Case("token_k2").prefix, "--config", DIRECTORY / "dense_vit" / "config.json")
+def test_checkpoint_that_is_missing_is_named(tmp_path: Path) -> None:
+    result = export(tmp_path, checkpoint="nowhere")
     assert result.exit_code == 1
-    assert "embedding/kernel has shape (8, 8, 3, 40), expected (8, 8, 3, 24)" in result.output
-    assert list(tmp_path.iterdir()) == []
+    assert "nowhere is no checkpoint" in " ".join(result.output.split())
 
 
-def test_path_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    result = export(tmp_path, tmp_path / "nothing")
-    assert result.exit_code == 1
-    assert "is no checkpoint" in result.output
+@torch.inference_mode()
+def test_parity_check_of_a_graph_with_another_queue_order_fails(tmp_path: Path) -> None:
+    # The vanilla graph of the same weights: same logits where nothing is dropped, other tokens where slots are few.
+    checkpoint = random_checkpoint(SMALL)
+    wrong = replace(checkpoint, config=with_moe(routing="vanilla"))
+    session = session_of(graph_of(wrong), tmp_path / "model.onnx")
+    points = make_points(SMALL, [OperatingPoint(0.3, 2)])
+    images = pixels(SMALL, 32)
+    with pytest.raises(ParityError, match=r"routes .* of the images differently"):
+        check_parity(checkpoint.model(), session, images, checkpoint.preprocessing, points, normalized_input=False)
+
+
+@torch.inference_mode()
+def test_parity_check_of_a_graph_with_one_changed_weight_fails(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(SMALL)
+    graph = graph_of(checkpoint)
+    ir.save(graph, tmp_path / "model.onnx")
+    state = dict(checkpoint.state)
+    state["head.bias"] = state["head.bias"] + 1e-3
+    session = session_of(graph_of(replace(checkpoint, state=state)), tmp_path / "model.onnx")
+    points = make_points(SMALL, [OperatingPoint(1.0, 2)])
+    with pytest.raises(ParityError, match=r"differ from the model's by 0.001 at operating point \(1, 2\)"):
+        check_parity(
+            checkpoint.model(), session, pixels(SMALL, 8), checkpoint.preprocessing, points, normalized_input=False
+        )

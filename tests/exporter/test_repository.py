@@ -10,7 +10,7 @@ import pytest
 import exporter.cli
 from exporter.bundle import Bundle, BundleError
 from exporter.session import open_session, run
-from tests.exporter.test_cli import export
+from tests.exporter.test_cli_reference import export
 from tests.vmoe.upstream import Case
 
 
