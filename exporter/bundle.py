@@ -38,6 +38,8 @@ from vmoe.operating_point import OperatingPoint
 from vmoe.preprocess import Preprocessing
 
 SCHEMA_VERSION: Final = 1
+InputType = Literal["uint8", "float32"]
+WeightType = Literal["float32", "float16", "bfloat16"]
 MANIFEST_FILE = "manifest.json"
 LABELS_FILE = "labels.txt"
 MODEL_FILE = "1/model.onnx"
@@ -144,8 +146,8 @@ class Manifest(_Model):
     architecture: ModelConfig
     preprocessing: Preprocessing
     labels: tuple[str, ...]
-    input: Literal["uint8", "float32"]
-    weights: Literal["float32", "float16", "bfloat16"]
+    input: InputType
+    weights: WeightType
     max_selected_experts: int = Field(ge=0)
     max_batch_size: int = Field(ge=1)
     points: tuple[Point, ...]

@@ -25,13 +25,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from exporter.bundle import InputType, WeightType
 from vmoe.config import ModelConfig, MoeConfig
 from vmoe.preprocess import Preprocessing, scale_and_offset
 
@@ -39,8 +39,6 @@ OPSET, IR_VERSION = 20, 10  # Gelu needs opset 20; IR 10 is the newest that the 
 LAYER_NORM_EPSILON = 1e-6
 NO_CHOICE = np.iinfo(np.int64).max
 
-InputType = Literal["uint8", "float32"]
-WeightType = Literal["float32", "float16", "bfloat16"]
 State = Mapping[str, npt.NDArray[np.float32]]
 STORED_TYPES: dict[WeightType, tuple[npt.DTypeLike, ir.DataType]] = {
     "float32": (np.float32, ir.DataType.FLOAT),

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from exporter.graph import STORED_TYPES, WeightType
+from exporter.bundle import WeightType
+from exporter.graph import STORED_TYPES
 from vmoe.config import ModelConfig
 from vmoe.model import VisionTransformer
 

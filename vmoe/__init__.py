@@ -1,4 +1,5 @@
 """V-MoE in PyTorch: model, routing, training and evaluation (Riquelme et al., 2021, arXiv 2106.05974).
 
-`operating_point` and `preprocess` are torch-free and are the only modules that a serving install imports.
+`operating_point`, `preprocess`, `config`, `architecture`, `errors` and `data` are torch-free; a serving install imports
+nothing else.
 """

@@ -223,3 +223,19 @@ def _axes(shapes: Mapping[str, tuple[int, ...]], name: str, expected: str) -> tu
     if len(shapes[name]) != expected.count(",") + 1 or min(shapes[name]) < 1:
         raise ConfigError(f"parameter {name} has shape {shapes[name]}, expected {expected}")
     return shapes[name]
+
+
+def parse_image_size(text: str) -> tuple[int, int]:
+    """(height, width) from `H` or `HxW`.
+
+    Raises:
+        ConfigError: names the text and the form expected.
+    """
+    try:
+        height, _, width = text.lower().partition("x")
+        size = int(height), int(width or height)
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is not an image size, expected H or HxW such as 384 or 224x320") from error
+    if min(size) < 1:
+        raise ConfigError(f"the image size must be at least 1x1, got {text!r}")
+    return size

@@ -246,19 +246,3 @@ def _override(config: ModelConfig, hints: Hints) -> ModelConfig:
     if config.moe is not None and (overrides := hints.moe_overrides()):
         config = replace(config, moe=replace(config.moe, **overrides))  # type: ignore[arg-type]
     return config if hints.image_size is None else replace(config, image_size=hints.image_size)
-
-
-def parse_image_size(text: str) -> tuple[int, int]:
-    """(height, width) from `H` or `HxW`.
-
-    Raises:
-        ConfigError: names the text and the form expected.
-    """
-    try:
-        height, _, width = text.lower().partition("x")
-        size = int(height), int(width or height)
-    except ValueError as error:
-        raise ConfigError(f"{text!r} is not an image size, expected H or HxW such as 384 or 224x320") from error
-    if min(size) < 1:
-        raise ConfigError(f"the image size must be at least 1x1, got {text!r}")
-    return size

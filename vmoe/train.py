@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vmoe.augment import augment
 from vmoe.checkpoint import Checkpoint, load_training_state, save_checkpoint
 from vmoe.config import ModelConfig, load_config
-from vmoe.data import LabelledImages, augment
+from vmoe.data import LabelledImages
 from vmoe.errors import CheckpointError
 from vmoe.model import VisionTransformer
 from vmoe.operating_point import OperatingPoint
@@ -47,7 +48,7 @@ class TrainConfig:
         mixup: alpha of the Beta distribution, 0 for none.
         average_decay: decay of the exponential moving average of the weights, 0 for none. The average is what
             is evaluated and exported.
-        shift, scale, erase: see `data.augment`.
+        shift, scale, erase: see `augment.augment`.
         adaptive: share of the images of a step that get a random operating point (K uniform in 1..K, C uniform between
             `adaptive_min_capacity_factor` and the configured C) instead of the configured one. 0 trains one point only.
         autocast: `bfloat16` or `none`.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import exporter.cli
+import exporter.export
 from exporter.bundle import Bundle, BundleError
 from exporter.session import open_session, run
 from tests.exporter.test_cli_reference import export
@@ -17,8 +17,8 @@ from tests.vmoe.upstream import Case
 def test_weights_of_a_large_model_lie_in_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("dense_vit")
     assert export(tmp_path / "inline", case.prefix, "--input", "float32").exit_code == 0
-    write_bundle = exporter.cli.write_bundle
-    monkeypatch.setattr(exporter.cli, "write_bundle", lambda *args: write_bundle(*args, inline_bytes=1000))
+    write_bundle = exporter.export.write_bundle
+    monkeypatch.setattr(exporter.export, "write_bundle", lambda *args: write_bundle(*args, inline_bytes=1000))
     assert export(tmp_path / "external", case.prefix, "--input", "float32").exit_code == 0
     inline, external = (Bundle.load(tmp_path / name / "model") for name in ("inline", "external"))
     assert sorted(inline.manifest.files) == ["1/model.onnx"]

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from tests.vmoe.tiny import PREPROCESSING, data_of, idx_bytes, write_idx
-from vmoe.data import FASHION_MNIST_LABELS, DataError, IdxImages, ImageFolder, augment, load_idx, load_images
+from vmoe.augment import augment
+from vmoe.data import FASHION_MNIST_LABELS, DataError, IdxImages, ImageFolder, load_idx, load_images
 from vmoe.preprocess import Preprocessing
 
 COLOUR = Preprocessing((8, 8), 3, (0.5,) * 3, (0.5,) * 3)

@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.vmoe.upstream import CASES, DIRECTORY, Case
-from vmoe.architecture import Hints
+from vmoe.architecture import Hints, parse_image_size
 from vmoe.checkpoint import Checkpoint, save_checkpoint
 from vmoe.config import ConfigError
 from vmoe.errors import CheckpointError
 from vmoe.flax import read_parameters
 from vmoe.npz import read_npz
 from vmoe.orbax import find_orbax, read_orbax
-from vmoe.sources import find_source, load_source, parse_image_size
+from vmoe.sources import find_source, load_source
 
 ORBAX = DIRECTORY / "token_k2_orbax"
 

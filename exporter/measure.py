@@ -1,0 +1,98 @@
+"""Fills a manifest with what a machine shows: accuracy when there are images, latency in any case. Torch-free.
+
+The exporter measures what it has just written; `--profile-only` measures a bundle again where it is served.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from exporter.bundle import Bundle, Manifest, write_manifest
+from exporter.profiling import BATCH_SIZES, describe_machine, measure_accuracy, measure_latency, with_accuracy
+from exporter.session import open_session
+from vmoe.data import LabelledImages, check_classes, load_images
+from vmoe.preprocess import Preprocessing, normalize
+
+
+def measure_bundle(directory: Path, images: Path | None, threads: int, rounds: int, console: Console) -> Manifest:
+    """Measures a bundle again and replaces its manifest; accuracies stay where no images are given."""
+    bundle = Bundle.load(directory)
+    data = None if images is None else labelled_images(images, bundle.manifest.preprocessing, bundle.manifest.labels)
+    manifest = measure(bundle.manifest, bundle.model_path, images, data, threads, rounds, console)
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def measure(
+    manifest: Manifest,
+    model: Path,
+    images: Path | None,
+    data: LabelledImages | None,
+    threads: int,
+    rounds: int,
+    console: Console,
+) -> Manifest:
+    """The manifest with accuracy (where there are images) and latency (where `rounds` is not 0) filled in.
+
+    Arguments:
+        model: the graph.
+        images: where `data` came from, for the record.
+        threads: of the runtime; 0 is all cores.
+        rounds: timed runs per point and batch size.
+    """
+    session = open_session(model, threads)
+    points, config = manifest.points, manifest.architecture
+    group = 1 if config.moe is None else config.moe.group_images
+
+    def prepare(batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.generic]:
+        return normalize(batch, manifest.preprocessing) if manifest.input == "float32" else batch
+
+    profile = describe_machine(threads, None, 0)
+    if manifest.profile is not None:  # accuracy does not depend on the machine: keep it unless it is measured again
+        kept = {"images": manifest.profile.images, "num_images": manifest.profile.num_images}
+        profile = profile.model_copy(update=kept)
+    with count_progress(console) as bar:
+        if data is not None and points:
+            task = bar.add_task("accuracy", total=len(data) * len(points))
+            measured = measure_accuracy(
+                session, data, prepare, points, batch_size=32 * group, advance=lambda n: bar.advance(task, n)
+            )
+            points = with_accuracy(config, points, measured)
+            profile = profile.model_copy(update={"images": str(images), "num_images": len(data)})
+        if rounds:
+            batch_sizes = [size * group for size in BATCH_SIZES]
+            task = bar.add_task("latency", total=rounds * len(points) * len(batch_sizes))
+            samples = prepare(sample_images(manifest.preprocessing, data, max(batch_sizes)))
+            points = measure_latency(
+                session, samples, points, batch_sizes=batch_sizes, rounds=rounds, advance=lambda n: bar.advance(task, n)
+            )
+    return manifest.model_copy(update={"points": points, "profile": profile})
+
+
+def labelled_images(path: Path, preprocessing: Preprocessing, labels: tuple[str, ...]) -> LabelledImages:
+    """Test images of a model with these classes."""
+    data = load_images(path, preprocessing, train=False)
+    check_classes(data, labels)
+    return data
+
+
+def sample_images(preprocessing: Preprocessing, data: LabelledImages | None, count: int) -> npt.NDArray[np.uint8]:
+    """Seeded noise, and real images for the first half when there are any: (count, H, W, channels)."""
+    shape = (count, *preprocessing.image_size, preprocessing.channels)
+    samples = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    if data is not None:
+        real = min(count // 2, len(data))
+        samples[:real] = data.read(np.arange(real))[0]
+    return samples
+
+
+def count_progress(console: Console) -> Progress:
+    """A bar that counts."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
