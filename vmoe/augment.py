@@ -12,22 +12,25 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def augment(images: Tensor, generator: torch.Generator, *, shift: float, scale: float, erase: float) -> Tensor:
+def augment(
+    images: Tensor, generator: torch.Generator, *, flip: float, shift: float, scale: float, erase: float
+) -> Tensor:
     """Random flip, shift, zoom and erasure of a batch, the same on every device for the same generator state.
 
     Arguments:
         images: (N, H, W, C) float, normalised.
         generator: a CPU generator.
+        flip: probability that an image is mirrored left to right.
         shift: largest shift, as a share of the side; the border is repeated.
         scale: largest zoom in or out, as a ratio minus 1.
         erase: probability that a rectangle of 2 to 20 % of the area is set to the mean (random erasing, 1708.04896).
     """
     count, height, width, _ = images.shape
     uniform = torch.rand(8, count, generator=generator).to(images.device)
-    flip = torch.where(uniform[0] < 0.5, -1.0, 1.0)
+    mirror = torch.where(uniform[0] < flip, -1.0, 1.0)
     zoom = (uniform[1] * 2 - 1) * scale + 1
     theta = torch.zeros(count, 2, 3, device=images.device)
-    theta[:, 0, 0], theta[:, 1, 1] = flip * zoom, zoom
+    theta[:, 0, 0], theta[:, 1, 1] = mirror * zoom, zoom
     theta[:, 0, 2], theta[:, 1, 2] = (uniform[2] * 2 - 1) * 2 * shift, (uniform[3] * 2 - 1) * 2 * shift
     grid = functional.affine_grid(theta, [count, 1, height, width], align_corners=False)
     moved = functional.grid_sample(images.permute(0, 3, 1, 2), grid, padding_mode="border", align_corners=False)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vmoe.checkpoint import load_checkpoint
+from vmoe.checkpoint import check_parameters, load_checkpoint
 from vmoe.config import VARIANTS, ModelConfig, load_config
 from vmoe.data import FASHION_MNIST_DIRECTORY, FASHION_MNIST_MEAN, FASHION_MNIST_STD, check_classes, load_images
 from vmoe.evaluate import evaluate as evaluate_points
@@ -64,6 +64,7 @@ def train(
     average_decay: Annotated[
         float, typer.Option(help="Decay of the weight average; 0 is off.")
     ] = DEFAULTS.average_decay,
+    flip: Annotated[float, typer.Option(help="Augmentation: probability of a mirrored image.")] = DEFAULTS.flip,
     shift: Annotated[float, typer.Option(help="Augmentation: largest shift as a share of the side.")] = DEFAULTS.shift,
     scale: Annotated[float, typer.Option(help="Augmentation: largest zoom, ratio minus 1.")] = DEFAULTS.scale,
     erase: Annotated[float, typer.Option(help="Augmentation: probability of an erased rectangle.")] = DEFAULTS.erase,
@@ -74,6 +75,7 @@ def train(
     autocast: Annotated[str, typer.Option(help="bfloat16, none, or auto: bfloat16 where it is fast.")] = "auto",
     clip_norm: float = DEFAULTS.clip_norm,
     seed: int = DEFAULTS.seed,
+    start_from: Annotated[Path | None, typer.Option(help="Checkpoint whose weights the run begins with.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there is one.")] = "auto",
     resume: Annotated[bool, typer.Option(help="Continue the run in --output if it holds a checkpoint.")] = False,
 ) -> None:
@@ -83,8 +85,8 @@ def train(
         if config is None and variant not in VARIANTS:
             raise typer.BadParameter(f"unknown variant {variant!r}; known are {', '.join(VARIANTS)}")
         settings = TrainConfig(
-            epochs, batch_size, learning_rate, warmup_steps, weight_decay, label_smoothing, mixup, average_decay, shift,
-            scale, erase, adaptive, adaptive_min_capacity_factor, _autocast(autocast, device), clip_norm, seed,
+            epochs, batch_size, learning_rate, warmup_steps, weight_decay, label_smoothing, mixup, average_decay, flip,
+            shift, scale, erase, adaptive, adaptive_min_capacity_factor, _autocast(autocast, device), clip_norm, seed,
         )  # fmt: skip
         model_config = VARIANTS[variant] if config is None else load_config(config)
         preprocessing = default_preprocessing(model_config)
@@ -93,6 +95,10 @@ def train(
         checkpoint = output / "checkpoint"
         if resume and checkpoint.exists():
             trainer.resume(checkpoint, load_checkpoint(checkpoint).state)
+        elif start_from is not None:
+            state = load_checkpoint(start_from).state
+            check_parameters({name: tuple(p.shape) for name, p in trainer.model.state_dict().items()}, state)
+            trainer.start_from(state)
         points = [model_config.operating_point]
         if model_config.moe is not None:
             points.append(OperatingPoint(0.25, 1))

@@ -48,7 +48,7 @@ class TrainConfig:
         mixup: alpha of the Beta distribution, 0 for none.
         average_decay: decay of the exponential moving average of the weights, 0 for none. The average is what
             is evaluated and exported.
-        shift, scale, erase: see `augment.augment`.
+        flip, shift, scale, erase: see `augment.augment`.
         adaptive: share of the images of a step that get a random operating point (K uniform in 1..K, C uniform between
             `adaptive_min_capacity_factor` and the configured C) instead of the configured one. 0 trains one point only.
         autocast: `bfloat16` or `none`.
@@ -63,6 +63,7 @@ class TrainConfig:
     label_smoothing: float = 0.1
     mixup: float = 0.0
     average_decay: float = 0.999
+    flip: float = 0.5
     shift: float = 0.05
     scale: float = 0.08
     erase: float = 0.15
@@ -123,7 +124,9 @@ class Trainer:
         images, targets = self._batch()
         with torch.no_grad():
             inputs = torch.from_numpy(images).to(self.device).float() * self._scale + self._offset
-            inputs = augment(inputs, generator, shift=config.shift, scale=config.scale, erase=config.erase)
+            inputs = augment(
+                inputs, generator, flip=config.flip, shift=config.shift, scale=config.scale, erase=config.erase
+            )
             labels = functional.one_hot(
                 torch.from_numpy(targets).to(self.device), self.model.config.num_classes
             ).float()
@@ -181,6 +184,11 @@ class Trainer:
             state,
             progress,
         )
+
+    def start_from(self, state: dict[str, Tensor]) -> None:
+        """Begins with the weights of another run instead of random ones."""
+        self.model.load_state_dict(state)
+        self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
     def resume(self, directory: Path, average: dict[str, Tensor]) -> None:
         """Continues a saved run exactly.

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -119,6 +120,21 @@ def test_train_with_resume_and_no_checkpoint_starts_a_run(root: Path) -> None:
     assert train(root, "--resume", config=DENSE).exit_code == 0
     result = invoke("evaluate", root / "run" / "checkpoint", "--data", root / "data")
     assert result.exit_code == 0, result.output
+
+
+def test_train_that_starts_from_a_checkpoint_goes_on_with_its_weights(root: Path, trained: Path) -> None:
+    # A learning rate of 1e-12 leaves float32 weights where they are: what comes out is what went in.
+    start = trained / "run" / "checkpoint"
+    settings = "--epochs 1 --batch-size 8 --learning-rate 1e-12 --warmup-steps 1 --autocast none --device cpu"
+    assert train(root, "--start-from", start, settings=settings).exit_code == 0
+    before, after = load_checkpoint(start).state, load_checkpoint(root / "run" / "checkpoint").state
+    for name, value in after.items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=1e-8)
+
+
+def test_train_that_starts_from_another_architecture_is_refused(root: Path, trained: Path) -> None:
+    message = refused(train(root, "--start-from", trained / "run" / "checkpoint", config=DENSE))
+    assert "parameter" in message
 
 
 def test_train_with_resume_and_other_settings_is_refused(trained: Path) -> None:

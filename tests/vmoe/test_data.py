@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -202,8 +203,10 @@ def test_image_folder_with_an_undecodable_file_names_it(tmp_path: Path, kind: st
         ImageFolder(tmp_path, PREPROCESSING).read(np.array([0]))
 
 
-def augmented(images: Tensor, seed: int = 0, *, shift: float = 0.0, scale: float = 0.0, erase: float = 0.0) -> Tensor:
-    return augment(images, torch.Generator().manual_seed(seed), shift=shift, scale=scale, erase=erase)
+def augmented(
+    images: Tensor, seed: int = 0, *, flip: float = 0.5, shift: float = 0.0, scale: float = 0.0, erase: float = 0.0
+) -> Tensor:
+    return augment(images, torch.Generator().manual_seed(seed), flip=flip, shift=shift, scale=scale, erase=erase)
 
 
 def test_augment_with_the_same_seed_is_equal_and_with_another_is_not() -> None:
@@ -223,6 +226,12 @@ def test_augment_with_zero_strengths_only_flips_left_and_right() -> None:
     mirrored = (found - images.flip(2)).abs().amax((1, 2, 3)) < 1e-5
     assert (same ^ mirrored).all()
     assert 8 <= same.sum() <= 24  # a fair coin, 32 times: within 2.8 standard deviations of 16
+
+
+@pytest.mark.parametrize(("flip", "expected"), [(0.0, lambda images: images), (1.0, lambda images: images.flip(2))])
+def test_augment_with_a_certain_flip_mirrors_all_or_none(flip: float, expected: Callable[[Tensor], Tensor]) -> None:
+    images = torch.rand(8, 8, 12, 1, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(augmented(images, flip=flip), expected(images), rtol=0, atol=1e-5)
 
 
 def test_augment_of_a_ramp_moves_it_by_at_most_the_shift() -> None:
