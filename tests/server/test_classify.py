@@ -37,6 +37,13 @@ def probabilities(answer: dict[str, Any]) -> dict[int, float]:
     return {prediction["index"]: prediction["probability"] for prediction in answer["predictions"]}
 
 
+def assert_same_predictions(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Equal up to rounding: with another number of rows the runtime may take another matrix kernel (seen: 2e-8)."""
+    for mine, theirs in zip(one["predictions"], other["predictions"], strict=True):
+        assert (mine["index"], mine["label"]) == (theirs["index"], theirs["label"])
+        assert mine["probability"] == pytest.approx(theirs["probability"], abs=1e-5)
+
+
 def test_answer_when_one_image_is_sent_then_it_has_every_part(client: httpx.Client, shipped: Bundle) -> None:
     manifest = shipped.manifest
     answer = classify(client, make_image(0))
@@ -83,7 +90,7 @@ def test_operating_point_when_set_by_hand_to_a_budgets_then_the_answer_is_the_sa
     )
     named = classify(client, make_image(0), budget="low")
     assert by_hand["operating_point"] == named["operating_point"]
-    assert by_hand["predictions"] == named["predictions"]
+    assert_same_predictions(by_hand, named)
 
 
 def test_operating_point_when_unmeasured_then_accuracy_is_null(client: httpx.Client) -> None:
@@ -104,7 +111,7 @@ def test_operating_point_when_at_the_end_of_the_allowed_range_then_everything_is
 def test_answer_when_sent_as_form_then_it_is_that_of_the_raw_body(client: httpx.Client) -> None:
     image = make_image(1)
     form = client.post("/classify", files={"image": ("a.png", image, "image/png")}).json()
-    assert form["predictions"] == classify(client, image)["predictions"]
+    assert_same_predictions(form, classify(client, image))
 
 
 def test_answer_when_requests_of_all_kinds_share_batches_then_it_is_that_of_being_alone(client: httpx.Client) -> None:
@@ -128,8 +135,8 @@ def test_answers_when_one_of_several_images_is_bad_then_the_others_stand_in_orde
     response = client.post("/classify", files=[("image", ("x", image, "image/png")) for image in images])
     assert response.status_code == 200
     first, bad, third = response.json()["results"]
-    assert first["predictions"] == classify(client, images[0])["predictions"]
-    assert third["predictions"] == classify(client, images[2])["predictions"]
+    assert_same_predictions(first, classify(client, images[0]))
+    assert_same_predictions(third, classify(client, images[2]))
     assert (bad["error"]["status"], bad["error"]["code"]) == (400, "not_an_image")
     assert bad["error"]["request_id"] == response.headers["x-request-id"]
 
