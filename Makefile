@@ -20,8 +20,8 @@ lint: $(VENV)/.full
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Trains the shipped model again: about 85 minutes on 2 idle cores with AVX-512 bfloat16. Interrupted, it goes on where it
-# was. The second run continues the first without augmentation: 26 epochs are too few to fit the augmented images.
+# Trains the shipped model again: it took 117 minutes on 2 shared cores with AVX-512 bfloat16. Interrupted, it goes on where
+# it was. The second run continues the first without augmentation: 26 epochs are too few to fit the augmented images.
 train: $(VENV)/.full $(FASHION_MNIST)
 	$(BIN)/python -m vmoe train --output runs/augmented --adaptive 0.5 --resume
 	$(BIN)/python -m vmoe train --output runs/vmoe-fashion-mnist --start-from runs/augmented/checkpoint --adaptive 0.5 \
