@@ -1,0 +1,1 @@
+"""Capacity policies by the name that policy.toml gives them."""

@@ -1,0 +1,453 @@
+"""Who is admitted, who waits, and which batch runs next at which operating points. No I/O and no clock of its own.
+
+The live engine and the simulator drive this same object:
+
+    offer(request, now)       admits it, or says why not and when to come back
+    next_batch(now)           when a worker is free: the batch that starts now, and the requests that can only be late
+    on_batch_done(batch, now) gives the worker back and teaches the latency model
+    cancel(request)           the client has gone
+
+**Promise.** The *floor plan* cuts the queue, earliest deadline first, into batches of `plan size` with every request at
+its floor and gives each to the worker that is free first. A request is admitted only if the floor plan with it meets
+every deadline at the q-quantile of predicted latency; a batch is started only if that still holds for the rest. So an
+admitted request is late only if a batch took longer than its predicted q-quantile. What cannot be promised is refused at
+once.
+
+**Guard.** Policies propose; a proposal that would break the promise is replaced by the first batch of the floor plan.
+Where a slow batch has broken it already, the largest batch that still saves the most urgent request runs instead.
+
+**Shares.** Under contention a class may fill the queue only up to what the others leave. Of the time to its deadline D,
+every other active class o keeps free what it is expected to need, at most its weighted share:
+
+    limit = max(share * D, D - sum over o of min(share_o * D, rate_o * cost_o * D)),   share = weight / sum of weights
+
+times the number of workers, with the cost of an image in a full batch at its floor.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from server.arrival_rate import ArrivalRate
+from server.budgets import Budget
+from server.deadline_queue import DeadlineQueue, Request
+from server.ladder import Ladder
+from server.latency import LatencyModel
+from server.policies.base import Kind, Policy, View
+
+ShedReason = Literal["deadline", "share", "queue_full", "queue_bytes"]
+ServeReason = Literal["ceiling", "slack", "load", "pinned"]
+
+# Seconds. Chosen: the arrival rate must be known before a deadline of 100 ms has passed a few times.
+RATE_WINDOW_S: Final = 0.1
+# A class counts as active this long after its last arrival. Chosen, not tuned.
+ACTIVE_S: Final = 2.0
+_EPSILON_S: Final = 1e-9  # sums of floats in another order
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Attributes:
+    max_batch_size: images in a batch.
+    workers: batches that run at once.
+    max_requests, max_bytes: bounds of the queue.
+    """
+
+    max_batch_size: int
+    workers: int = 1
+    max_requests: int = 1024
+    max_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A request that is not admitted.
+
+    Attributes:
+        reason: a label of the metrics.
+        retry_after_s: when the backlog will have room, should nobody else come.
+        detail: for people.
+    """
+
+    reason: ShedReason
+    retry_after_s: float
+    detail: str
+
+
+@dataclass(eq=False, slots=True)
+class Batch:
+    """Requests that run together.
+
+    Attributes:
+        requests: in order of deadlines.
+        rungs: where each is served.
+        reasons: why there and not better.
+        started_s: when.
+        median_s, high_s: predicted latency, median and q-quantile.
+    """
+
+    requests: list[Request]
+    rungs: list[int]
+    reasons: list[ServeReason]
+    started_s: float
+    median_s: float
+    high_s: float
+
+
+@dataclass(slots=True)
+class _Class:
+    """A budget as admission sees it.
+
+    Attributes:
+        floor: of the last arrival.
+        waiting: queued requests by floor.
+        seen_s: the last arrival.
+    """
+
+    budget: Budget
+    floor: int
+    seen_s: float
+    waiting: Counter[int] = field(default_factory=Counter)
+
+
+class Scheduler:
+    """One queue of one model.
+
+    Arguments:
+        ladder, latency: of the model; `latency` is updated by every batch.
+        policy: proposes batches; `use` replaces it.
+        limits: of batches and queue.
+    """
+
+    def __init__(self, ladder: Ladder, latency: LatencyModel, policy: Policy, limits: Limits) -> None:
+        if limits.max_batch_size > latency.max_batch_size:
+            raise ValueError(
+                f"max_batch_size must be at most {latency.max_batch_size}, the latency model's, "
+                f"got {limits.max_batch_size}"
+            )
+        self.ladder, self.latency, self.policy, self.limits = ladder, latency, policy, limits
+        self.queue = DeadlineQueue()
+        self.running: list[Batch] = []
+        self._rates: ArrivalRate[Kind] = ArrivalRate(RATE_WINDOW_S)
+        self._class_rates: ArrivalRate[str] = ArrivalRate(RATE_WINDOW_S)
+        self._classes: dict[str, _Class] = {}
+        self._plan_size = limits.max_batch_size
+        self._excess_s = 0.0  # by how much the plan that was refused last would have been late
+
+    # -- what the caller sees of the state
+
+    @property
+    def has_work(self) -> bool:
+        return self.queue.num_waiting > 0
+
+    @property
+    def free_workers(self) -> int:
+        return self.limits.workers - len(self.running)
+
+    def arrival_rate_hz(self, now: float) -> float:
+        """Requests per second offered lately, shed ones included."""
+        return self._rates.rate_hz(now)
+
+    def oldest_age_s(self, now: float) -> float:
+        """How long the longest-waiting request has waited; 0 when nobody waits. O(n): for scrapes only."""
+        return max((now - r.arrival_s for r in self.queue.requests if not r.cancelled), default=0.0)
+
+    def use(self, policy: Policy) -> None:
+        """Takes another policy from now on. What is admitted keeps its range and its deadline."""
+        self.policy = policy
+
+    # -- transitions
+
+    def check(self, request: Request, now: float) -> Refusal | None:
+        """What `offer` would answer, without admitting. A refusal counts as an arrival, an admission does not.
+
+        Lets the caller refuse before it spends work on a request, such as decoding it.
+        """
+        admitted = self._try(request, now)
+        if isinstance(admitted, Refusal):
+            self._count_arrival(request, now)
+            self.policy.shed(now)
+            return admitted
+        self.queue.take(admitted, admitted + 1)
+        return None
+
+    def offer(self, request: Request, now: float) -> Refusal | None:
+        """Admits a request; None, or why not."""
+        admitted = self._try(request, now)
+        entry = self._count_arrival(request, now)
+        if isinstance(admitted, Refusal):
+            self.policy.shed(now)
+            return admitted
+        entry.waiting[request.floor] += 1
+        return None
+
+    def cancel(self, request: Request) -> bool:
+        """Forgets a waiting request; False when it has left the queue already."""
+        cancelled = self.queue.cancel(request)
+        if cancelled:
+            self._left([request])
+        return cancelled
+
+    def next_batch(self, now: float) -> tuple[Batch | None, list[Request]]:
+        """The batch that starts now, None without a free worker or work; and the requests that can only be late.
+
+        The late ones have left the queue: the caller answers them with an error.
+        """
+        late = self._take_late(now)
+        if not self.free_workers or not self.has_work:
+            if not self.queue.num_waiting:
+                self.queue = DeadlineQueue()
+            return None, late
+        self._close_holes(now)
+        view = self._view(now)
+        rungs = view.clip(self.policy.decide(view).rungs[: self.limits.max_batch_size])
+        if not rungs or not self.keeps_promise(rungs, now):
+            rungs = self._safe_rungs(now)
+        return self._start(rungs, now), late
+
+    def on_batch_done(self, batch: Batch, now: float, *, failed: bool = False) -> None:
+        """Gives the worker back. A batch that failed teaches nothing about latency."""
+        self.running.remove(batch)
+        if failed:
+            return
+        self.latency.observe(batch.rungs, now - batch.started_s)
+        met = sum(request.deadline_s >= now for request in batch.requests)
+        self.policy.finished(now, met=met, missed=len(batch.requests) - met)
+
+    def clear(self) -> list[Request]:
+        """Takes everything out of the queue, at shutdown."""
+        requests = self.queue.take(0, len(self.queue))
+        self._left(requests)
+        return requests
+
+    def keeps_promise(self, rungs: Sequence[int], now: float) -> bool:
+        """Would a batch of the first `len(rungs)` requests be in time, and leave the rest a floor plan that is?"""
+        high_s = self.latency.predict_s(rungs, high=True)
+        end_s = now + high_s
+        if end_s > self.queue.deadlines[0] + _EPSILON_S or (len(rungs) > 1 and high_s > self.batch_limit_s(now)):
+            return False
+        return self._plan_holds([*self._busy_until_s(now), end_s], len(rungs), now)
+
+    def batch_limit_s(self, now: float) -> float:
+        """Half of the shortest deadline among active classes.
+
+        Who arrives just after a batch has started waits for its end, and then needs as long again.
+        """
+        active = [c.budget.deadline_s for c in self._classes.values() if now - c.seen_s < ACTIVE_S]
+        return min(active, default=float("inf")) / 2
+
+    # -- admission
+
+    def _try(self, request: Request, now: float) -> Refusal | int:
+        """Puts the request into the queue and returns its position; leaves the queue as it was where it cannot stay."""
+        if not self.policy.degrades:
+            request.floor = request.ceiling
+        limits, queue = self.limits, self.queue
+        if queue.num_waiting >= limits.max_requests or len(queue) >= 2 * limits.max_requests:
+            return Refusal(
+                "queue_full", self._drain_s(), f"{queue.num_waiting} requests wait, the limit is {limits.max_requests}"
+            )
+        if queue.size_bytes + request.size_bytes > limits.max_bytes:
+            detail = f"{queue.size_bytes} bytes wait and {request.size_bytes} more do not fit into {limits.max_bytes}"
+            return Refusal("queue_bytes", self._drain_s(), detail)
+        if (excess_s := self._above_share_s(request, now)) > 0:
+            return Refusal("share", excess_s, f"budget {request.budget.name!r} has used up its share of the queue")
+        position = queue.insert(request, request.kind)
+        if self._plan_holds(self._free_s(now), 0, now):
+            return position
+        queue.take(position, position + 1)
+        slack_ms = 1000 * (request.deadline_s - now)
+        return Refusal(
+            "deadline",
+            self._excess_s,
+            f"{queue.num_waiting} requests wait: {slack_ms:.0f} ms are left, {1000 * self._excess_s:.0f} ms more would be "
+            "needed even at the cheapest operating point allowed",
+        )
+
+    def _plan_holds(self, free_s: list[float], start: int, now: float) -> bool:
+        """Does the floor plan of the queue from position `start` meet every deadline?
+
+        Tries the plan size that suits the active classes, then the one with which the last promise was made.
+
+        Arguments:
+            free_s: when each worker becomes free.
+        """
+        if start >= len(self.queue):
+            return True
+        size = self._suitable_size(now)
+        if self._plan_holds_with(free_s, start, size):
+            self._plan_size = size
+            return True
+        return size != self._plan_size and self._plan_holds_with(free_s, start, self._plan_size)
+
+    def _plan_holds_with(self, free_s: list[float], start: int, size: int) -> bool:
+        queue, latency = self.queue, self.latency
+        deadlines, floors, uniform = queue.deadlines, queue.floors, queue.uniform_floor
+        full_s = None if uniform is None else latency.uniform_s(uniform, size, high=True)
+        workers = sorted(free_s)
+        total = len(deadlines)
+        for head in range(start, total, size):
+            stop = head + size
+            if uniform is None:
+                batch_s = latency.predict_s(floors[head:stop], high=True)
+            elif stop <= total:
+                assert full_s is not None
+                batch_s = full_s
+            else:
+                batch_s = latency.uniform_s(uniform, total - head, high=True)
+            end_s = workers[0] + batch_s
+            if end_s > deadlines[head] + _EPSILON_S:
+                self._excess_s = end_s - deadlines[head]
+                return False
+            heapq.heapreplace(workers, end_s)
+        return True
+
+    def _suitable_size(self, now: float) -> int:
+        """The largest batch within `batch_limit_s` at the costliest floor that waits."""
+        limit_s, latency, rung = self.batch_limit_s(now), self.latency, self.queue.heaviest_floor
+        low, high = 1, self.limits.max_batch_size
+        while low < high:
+            middle = (low + high + 1) // 2
+            if latency.uniform_s(rung, middle, high=True) <= limit_s:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _above_share_s(self, request: Request, now: float) -> float:
+        """By how many seconds of floor work the class of `request` would exceed its limit; 0 where it does not."""
+        mine = self._classes.get(request.budget.name)
+        if mine is None or not mine.waiting:
+            return 0.0
+        others = [c for c in self._classes.values() if c is not mine and now - c.seen_s < ACTIVE_S]
+        if not others:
+            return 0.0
+        deadline_s = max(request.deadline_s - now, 0.0)
+        weights = request.budget.weight + sum(c.budget.weight for c in others)
+        rates = self._class_rates.by_kind(now)
+        reserved = sum(
+            min(c.budget.weight / weights, rates.get(c.budget.name, 0.0) * self._cost_s(c.floor) / self.limits.workers)
+            for c in others
+        )
+        limit_s = deadline_s * max(request.budget.weight / weights, 1.0 - reserved) * self.limits.workers
+        work_s = sum(count * self._cost_s(floor) for floor, count in mine.waiting.items())
+        return work_s + self._cost_s(request.floor) - limit_s
+
+    def _cost_s(self, rung: int) -> float:
+        """One image's share of a full batch."""
+        return self.latency.uniform_s(rung, self.limits.max_batch_size) / self.limits.max_batch_size
+
+    def _drain_s(self) -> float:
+        """How long the floor plan of a batch takes."""
+        return self.latency.uniform_s(self.queue.heaviest_floor, self.limits.max_batch_size, high=True)
+
+    # -- batches
+
+    def _view(self, now: float) -> View:
+        queue = self.queue
+        return View(
+            now=now,
+            deadlines=queue.deadlines,
+            kinds=queue.kinds,
+            waiting=queue.waiting,
+            arrival_rates_hz=self._rates.by_kind(now),
+            dispersion=self._rates.dispersion,
+            busy_until_s=self._busy_until_s(now),
+            workers=self.limits.workers,
+            batch_limit_s=self.batch_limit_s(now),
+            max_batch_size=self.limits.max_batch_size,
+            ladder=self.ladder,
+            latency=self.latency,
+            keeps_promise=self.keeps_promise,
+        )
+
+    def _start(self, rungs: list[int], now: float) -> Batch:
+        """Takes the batch out of the queue. Holes in it are dropped: that only makes it shorter."""
+        size = len(rungs)
+        live = [i for i, request in enumerate(self.queue.requests[:size]) if not request.cancelled]
+        rungs = [rungs[i] for i in live]
+        requests = self.queue.take(0, size)
+        self._left(requests)
+        ceilings = [request.ceiling for request in requests]
+        at_ceilings_s = self.latency.predict_s(ceilings, high=True)
+        cause: ServeReason = "slack" if now + at_ceilings_s > requests[0].deadline_s else "load"
+        reasons: list[ServeReason] = [
+            "pinned" if request.pinned else "ceiling" if rung == request.ceiling else cause
+            for request, rung in zip(requests, rungs, strict=True)
+        ]
+        median_s = self.latency.predict_s(rungs)
+        batch = Batch(requests, rungs, reasons, now, median_s, median_s * self.latency.high_factor(len(rungs)))
+        self.running.append(batch)
+        return batch
+
+    def _safe_rungs(self, now: float) -> list[int]:
+        """The first batch of the floor plan; where that is late already, the largest that saves the head."""
+        queue, latency = self.queue, self.latency
+        slack_s = queue.deadlines[0] - now + _EPSILON_S
+        rungs = queue.floors[: self._plan_size]
+        for high in (True, False):
+            for size in range(len(rungs), 0, -1):
+                if latency.predict_s(rungs[:size], high=high) <= slack_s:
+                    return self._with_somebody(rungs[:size])
+        return self._with_somebody(rungs[:1])
+
+    def _with_somebody(self, rungs: list[int]) -> list[int]:
+        """A batch of holes alone would be empty: extends it to the first live request."""
+        first = next(i for i, request in enumerate(self.queue.requests) if not request.cancelled)
+        return rungs if first < len(rungs) else self.queue.floors[: first + 1]
+
+    def _take_late(self, now: float) -> list[Request]:
+        """Heads whose deadline has passed, or passes before the fastest answer (median) could be there."""
+        late: list[Request] = []
+        while self.queue.deadlines:
+            soonest_s = now + self.latency.uniform_s(self.queue.floors[0], 1)
+            if self.queue.deadlines[0] >= soonest_s - _EPSILON_S:
+                break
+            late += self.queue.take(0, 1)
+        if late:
+            self._left(late)
+            self.policy.finished(now, met=0, missed=len(late))
+        return late
+
+    def _close_holes(self, now: float) -> None:
+        """Cancelled requests leave, unless that would break the promise to those behind them."""
+        if not self.queue.has_holes:
+            return
+        held = self._plan_holds(self._free_s(now), 0, now)
+        with_holes, size = self.queue, self._plan_size
+        self.queue = with_holes.without_holes()
+        if held and not self._plan_holds(self._free_s(now), 0, now):
+            self.queue, self._plan_size = with_holes, size
+
+    def _busy_until_s(self, now: float) -> list[float]:
+        """Predicted ends; a batch that is overdue may end any moment."""
+        return [max(now, batch.started_s + batch.high_s) for batch in self.running]
+
+    def _free_s(self, now: float) -> list[float]:
+        """When each worker becomes free."""
+        return self._busy_until_s(now) + [now] * self.free_workers
+
+    # -- counting
+
+    def _count_arrival(self, request: Request, now: float) -> _Class:
+        budget = request.budget
+        self._rates.arrived(request.kind, now)
+        self._class_rates.arrived(budget.name, now)
+        self.policy.arrived(now)
+        entry = self._classes.get(budget.name)
+        if entry is None:
+            entry = self._classes[budget.name] = _Class(budget, request.floor, now)
+        entry.budget, entry.floor, entry.seen_s = budget, request.floor, now
+        return entry
+
+    def _left(self, requests: Sequence[Request]) -> None:
+        """Gives back what requests that have left the queue took of their class's share."""
+        for request in requests:
+            waiting = self._classes[request.budget.name].waiting
+            waiting[request.floor] -= 1
+            if not waiting[request.floor]:
+                del waiting[request.floor]
