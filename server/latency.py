@@ -37,6 +37,7 @@ CELL_STEP = 0.05
 QUANTILE_STEP = 0.1
 _MAX_CELL = math.log(2)
 _MAX_SCALE = math.log(1000)
+_MAX_Z = 20.0
 _P99 = NormalDist().inv_cdf(0.99)
 # Below this, timer resolution and the scheduler of the operating system decide, not the model. Above, one stall did.
 _MIN_SIGMA, _MAX_SIGMA = 0.02, 0.5
@@ -143,9 +144,8 @@ class LatencyModel:
         size = len(rungs)
         residual = math.log(max(measured_s, 1e-9) / self.predict_s(rungs))
         z = residual / self.sigma[size]
-        # Clipped: what a scale will soon explain must not blow up the spread.
         self._z += QUANTILE_STEP * (self.quantile - (z <= self._z))
-        self._z = min(max(self._z, 0.0), 4.0)
+        self._z = min(max(self._z, 0.0), _MAX_Z)
         clipped = min(max(residual, -CLIP), CLIP)
         self._scale = min(max(self._scale + SCALE_STEP * clipped, -_MAX_SCALE), _MAX_SCALE)
         weights = self._interpolation[:, size]

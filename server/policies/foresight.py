@@ -5,8 +5,8 @@ answered in time, nothing for those that are late or shed.
 
 **Price of time.** The queue is rolled forward as a fluid. Over a horizon h the requests to serve are N = waiting +
 arriving, the time to do it T = utilisation * h * workers + slack - what running batches still need, where slack is the
-part of a deadline for which work may be left over. The best use of t seconds per request is a fractional knapsack over the steps
-of the ladder, the concave envelope phi of
+part of a deadline for which work may be left over. The best use of t seconds per request is a fractional knapsack over
+the steps of the ladder, the concave envelope phi of
 
     (0, 0), (c_1, w a_1), ..., (c_P, w a_P)
 
@@ -17,8 +17,9 @@ t_1 < ... < t_J of phi, the expected price is
 
     mu = sum over j of (s_j - s_(j+1)) * P(N t_j > T),     s_(J+1) = 0
 
-s_1 is the price where requests get shed, 0 where all can have their ceiling. Two horizons are looked at, one deadline (a
-burst) and ten (a load that lasts), each with an arrival rate measured over a time in proportion; the higher price counts.
+s_1 is the price where requests get shed, 0 where all can have their ceiling. Two horizons are looked at, one deadline
+(a burst) and ten (a load that lasts), each with an arrival rate measured over a time in proportion; the higher price
+counts.
 
 **Score.** Candidates are batches of the first n requests, each at a level of the ladder moved into its own range, for
 every level and the largest n that keeps the promise of admission at the q-quantile of corrected latency (`View.fits`,
@@ -26,8 +27,8 @@ then smaller n). With L the candidate's median latency and v_i the most that a r
 
     score = sum over i < n of (w_i a(p_i) - v_i)  -  mu L,     v_i = max over p of (w_i a(p) - mu c_p)
 
-An idle server pays nothing for accuracy, a saturated one gives every rung up, and between the two time goes where it buys
-most. Floors, ceilings and pins are respected by construction.
+An idle server pays nothing for accuracy, a saturated one gives every rung up, and between the two time goes where it
+buys most. Floors, ceilings and pins are respected by construction.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def _candidates(
     hulls: Mapping[Kind, list[tuple[float, float]]],
     price: float,
 ) -> tuple[list[list[int]], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """For each level of the ladder: rungs of the first requests; gain over waiting, and median latency, of each size."""
+    """For each level of the ladder: rungs of the first requests; gain over waiting and median latency of each size."""
     values, first = np.array(view.ladder.values), kinds[0]
     later = {kind: sum(max(value - price * time_s, 0.0) for time_s, value in hulls[kind]) for kind in set(kinds)}
     if len(later) == 1:
