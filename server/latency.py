@@ -74,13 +74,12 @@ class LatencyModel:
         self.max_batch_size, self.quantile = max_batch_size, quantile
         self._interpolation = _interpolation(self._sizes, max_batch_size)  # (B, N + 1)
         sigma_by_size = np.clip(np.asarray(sigma, np.float64), _MIN_SIGMA, _MAX_SIGMA) @ self._interpolation
-        self.sigma: list[float] = np.clip(sigma_by_size, _MIN_SIGMA, _MAX_SIGMA).tolist()
+        self._sigmas = np.clip(sigma_by_size, _MIN_SIGMA, _MAX_SIGMA)
+        self.sigma: list[float] = self._sigmas.tolist()
         self._scale = 0.0
         self._cells = np.zeros_like(self._profile)
         self._z = NormalDist().inv_cdf(quantile)
-        self._increments: list[list[float]] = []
         self.median_s: list[list[float]] = []
-        self._high: list[float] = []
         self._rebuild()
 
     @classmethod
@@ -125,19 +124,26 @@ class LatencyModel:
     def predict_s(self, rungs: Sequence[int], *, high: bool = False) -> float:
         """A batch of one image per entry of `rungs`, in any order."""
         size = len(rungs)
-        first = rungs[0]
-        if rungs.count(first) == size:
-            return self.uniform_s(first, size, high=high)
-        median = sum(self._increments[rung][i] for i, rung in enumerate(sorted(rungs, reverse=True), 1))
+        median, placed = 0.0, 0
+        for rung in sorted(set(rungs), reverse=True):
+            row, start = self.median_s[rung], placed
+            placed += rungs.count(rung)
+            median += row[placed] - row[start]
         return median * self._high[size] if high else median
 
     def high_factor(self, size: int) -> float:
         """q-quantile over median of a batch of `size` images."""
         return self._high[size]
 
-    def increments(self) -> npt.NDArray[np.float64]:
-        """(P, N + 1): what the n-th image adds at each rung."""
-        return self._increments_array
+    @property
+    def high_factors(self) -> npt.NDArray[np.float64]:
+        """(N + 1,) q-quantile over median of a batch of n images."""
+        return self._high_factors
+
+    @property
+    def table_s(self) -> npt.NDArray[np.float64]:
+        """(P, N + 1) median of a batch of n images of one rung."""
+        return self._table_s
 
     def observe(self, rungs: Sequence[int], measured_s: float) -> None:
         """Learns from a batch that took `measured_s`."""
@@ -161,10 +167,10 @@ class LatencyModel:
         increments = np.maximum(np.diff(table, axis=1, prepend=0.0), 0.0)
         increments[:, 0] = 0.0
         increments = np.maximum.accumulate(increments, axis=0)
-        self._increments_array = increments
-        self._increments = increments.tolist()
-        self.median_s = np.cumsum(increments, axis=1).tolist()
-        self._high = [math.exp(self._z * sigma) for sigma in self.sigma]
+        self._table_s = np.cumsum(increments, axis=1)
+        self.median_s = self._table_s.tolist()
+        self._high_factors = np.exp(self._z * self._sigmas)
+        self._high: list[float] = self._high_factors.tolist()
 
 
 def _interpolation(sizes: npt.NDArray[np.int64], max_batch_size: int) -> npt.NDArray[np.float64]:

@@ -143,6 +143,7 @@ class Scheduler:
         self._rates: ArrivalRate[Kind] = ArrivalRate(LONG_HORIZON * horizon_s)
         self._class_rates: ArrivalRate[str] = ArrivalRate(LONG_HORIZON * horizon_s)
         self._classes: dict[str, _Class] = {}
+        self._kept: tuple[float, list[int]] | None = None  # found to keep the promise: spares the second look
         self._excess_s = 0.0  # by how much the plan that was refused last would have been late
 
     # -- what the caller sees of the state
@@ -208,9 +209,9 @@ class Scheduler:
         late = self._take_late(now)
         if not self.free_workers or not self.has_work:
             return None, late
-        view = self._view(now)
+        view, self._kept = self._view(now), None
         rungs = view.clip(self.policy.decide(view).rungs[: self.limits.max_batch_size])
-        if not rungs or not self.keeps_promise(rungs, now):
+        if not rungs or not ((now, rungs) == self._kept or self.keeps_promise(rungs, now)):
             rungs = self._safe_rungs(now)
         return self._start(rungs, now), late
 
@@ -235,7 +236,10 @@ class Scheduler:
         end_s = now + high_s
         if end_s > self.queue.deadlines[0] + _EPSILON_S or (len(rungs) > 1 and high_s > self.batch_limit_s(now)):
             return False
-        return self._plan_holds([*self._busy_until_s(now), end_s], len(rungs), now)
+        if not self._plan_holds([*self._busy_until_s(now), end_s], len(rungs), now):
+            return False
+        self._kept = (now, list(rungs))
+        return True
 
     def batch_limit_s(self, now: float) -> float:
         """Half of the shortest deadline among active classes.
