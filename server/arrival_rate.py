@@ -1,8 +1,10 @@
 """Short-window estimate of the arrival rate, per kind of request. Pure: the caller passes `now`.
 
 An arrival counts exp(-age / window): the estimate reacts within one window and needs no list of the past. Burstiness is
-the index of dispersion, variance over mean of the counts in consecutive bins of one window, both averaged over about
-`_BINS` bins; 1 for a Poisson process.
+the index of dispersion, variance over mean of the counts n_i in consecutive bins of one window; 1 for a Poisson process.
+It is pi / 2 times the square of the average over about `_BINS` bins of |n_i - n_(i-1)| / sqrt(n_i + n_(i-1)), which is exact
+for normal counts: successive differences, each over its own mean and not squared, so that a load that moves to another
+level does not count as bursty for long.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ import math
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
+from server.policies.base import Forecast
+
 Kind = TypeVar("Kind", bound=Hashable)
 
-_BINS = 50  # chosen: a few seconds of windows of 0.1 s
+_BINS = 30  # chosen: a few seconds of windows of 0.1 s
 # A kind that has fallen below this share of one arrival is forgotten, which bounds what clients can make us remember.
 _FORGOTTEN = 1e-3
 
@@ -29,10 +33,9 @@ class ArrivalRate(Generic[Kind]):
         self._window_s = window_s
         self._counts: dict[Kind, float] = {}
         self._since_s = 0.0
-        self._bin_end_s = 0.0
-        self._bin_count = 0
-        self._mean: float | None = None
-        self._variance = 0.0
+        self._bin_end_s: float | None = None
+        self._bin_count = self._last_count = self._num_bins = 0
+        self._jump = 0.0
 
     def arrived(self, kind: Kind, now: float) -> None:
         self._decay(now)
@@ -42,7 +45,15 @@ class ArrivalRate(Generic[Kind]):
     @property
     def dispersion(self) -> float:
         """Variance over mean of the counts per window, at least 1."""
-        return max(1.0, self._variance / self._mean) if self._mean else 1.0
+        return max(1.0, math.pi / 2 * self._jump**2)
+
+    def forecast(self, now: float, horizon_s: float, dispersion: float) -> Forecast:
+        """Arrivals within the next `horizon_s` at the present rate.
+
+        The variance is that of the arrivals and that of the estimate, which averages over two windows.
+        """
+        mean = self.rate_hz(now) * horizon_s
+        return Forecast(horizon_s, mean, dispersion * mean * (1 + horizon_s / (2 * self._window_s)))
 
     def rate_hz(self, now: float) -> float:
         """Arrivals per second of all kinds."""
@@ -68,13 +79,15 @@ class ArrivalRate(Generic[Kind]):
 
     def _bin(self, now: float) -> None:
         """Closes the bins that have ended, empty ones included."""
-        if now >= self._bin_end_s:
-            empty = min(int((now - self._bin_end_s) / self._window_s), 4 * _BINS)
+        if self._bin_end_s is None:
+            self._bin_end_s = now + self._window_s
+        elif now >= self._bin_end_s:
+            empty = min(int((now - self._bin_end_s) / self._window_s), _BINS)
             for count in [self._bin_count] + [0] * empty:
-                if self._mean is None:
-                    self._mean = float(count)
-                off = count - self._mean
-                self._mean += off / _BINS
-                self._variance += (off * off - self._variance) / _BINS
+                if self._num_bins and (both := count + self._last_count):
+                    jump = abs(count - self._last_count) / math.sqrt(both)
+                    self._jump += (jump - self._jump) / self._num_bins
+                self._num_bins = min(self._num_bins + 1, _BINS)
+                self._last_count = count
             self._bin_count, self._bin_end_s = 0, now + self._window_s
         self._bin_count += 1

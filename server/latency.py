@@ -59,7 +59,7 @@ class LatencyModel:
         sigma: npt.ArrayLike,
         batch_sizes: Sequence[int],
         max_batch_size: int,
-        quantile: float = 0.95,
+        quantile: float = 0.9,
     ) -> None:
         self._profile = np.asarray(median_s, np.float64)
         self._sizes = np.asarray(batch_sizes, np.int64)
@@ -83,7 +83,7 @@ class LatencyModel:
         self._rebuild()
 
     @classmethod
-    def of(cls, points: Sequence[Point], max_batch_size: int, quantile: float = 0.95) -> LatencyModel | None:
+    def of(cls, points: Sequence[Point], max_batch_size: int, quantile: float = 0.9) -> LatencyModel | None:
         """From a manifest; None where it holds no profile (`--rounds 0`, a dense model)."""
         if not points or any(not point.latency for point in points):
             return None
@@ -96,7 +96,7 @@ class LatencyModel:
 
     @classmethod
     def guess(
-        cls, costs: Sequence[float], single_s: float, full_batch_s: float, max_batch_size: int, quantile: float = 0.95
+        cls, costs: Sequence[float], single_s: float, full_batch_s: float, max_batch_size: int, quantile: float = 0.9
     ) -> LatencyModel:
         """Without a profile: the full rung measured alone and in a full batch, the others by relative compute.
 

@@ -1,10 +1,10 @@
 """policy.toml: which policy decides, with what parameters, and the budgets. Read at start and on reload.
 
     policy = "foresight"          # fixed, queue-depth, aimd, slackfit, proteus
-    quantile = 0.95               # of predicted latency, on which admission relies
+    quantile = 0.9                # of predicted latency, on which admission relies
 
     [foresight]                   # parameters of the policy of that name
-    horizon_s = 0.5
+    slack = 0.5
 
     [budgets.auto]                # changes a default budget, or adds one
     ceiling = "full"              # the best point it may use: C,K of the manifest, "cheapest" or "full"
@@ -65,7 +65,7 @@ class PolicyConfig(_Table):
     """The file as it stands."""
 
     policy: PolicyName = "foresight"
-    quantile: float = Field(default=0.95, ge=0.5, le=0.999)
+    quantile: float = Field(default=0.9, ge=0.5, le=0.999)
     queue_depth: QueueDepthConfig = Field(default=QueueDepthConfig(), alias="queue-depth")
     aimd: AimdConfig = AimdConfig()
     slackfit: SlackFitConfig = SlackFitConfig()

@@ -10,8 +10,8 @@ The live engine and the simulator drive this same object:
 **Promise.** The *floor plan* cuts the queue, earliest deadline first, into batches of `plan size` with every request at
 its floor and gives each to the worker that is free first. A request is admitted only if the floor plan with it meets
 every deadline at the q-quantile of predicted latency; a batch is started only if that still holds for the rest. So an
-admitted request is late only if a batch took longer than its predicted q-quantile. What cannot be promised is refused at
-once.
+admitted request is late only if a batch took longer than its predicted q-quantile. What cannot be promised is refused
+at once.
 
 **Guard.** Policies propose; a proposal that would break the promise is replaced by the first batch of the floor plan.
 Where a slow batch has broken it already, the largest batch that still saves the most urgent request runs instead.
@@ -37,13 +37,16 @@ from server.budgets import Budget
 from server.deadline_queue import DeadlineQueue, Request
 from server.ladder import Ladder
 from server.latency import LatencyModel
-from server.policies.base import Kind, Policy, View
+from server.policies.base import Forecast, Kind, Policy, View
 
 ShedReason = Literal["deadline", "share", "queue_full", "queue_bytes"]
 ServeReason = Literal["ceiling", "slack", "load", "pinned"]
 
-# Seconds. Chosen: the arrival rate must be known before a deadline of 100 ms has passed a few times.
-RATE_WINDOW_S: Final = 0.1
+# The rate of a burst is measured over this share of a horizon. A whole one notices bursts too late, an eighth is noise
+# (simulated with `make bench-policy`'s traces on other seeds).
+BURST_WINDOW: Final = 0.25
+# A load that lasts is told from a burst over this many horizons. Chosen, not tuned.
+LONG_HORIZON: Final = 10
 # A class counts as active this long after its last arrival. Chosen, not tuned.
 ACTIVE_S: Final = 2.0
 _EPSILON_S: Final = 1e-9  # sums of floats in another order
@@ -121,9 +124,12 @@ class Scheduler:
         ladder, latency: of the model; `latency` is updated by every batch.
         policy: proposes batches; `use` replaces it.
         limits: of batches and queue.
+        horizon_s: how far ahead a burst is foreseen: the shortest deadline.
     """
 
-    def __init__(self, ladder: Ladder, latency: LatencyModel, policy: Policy, limits: Limits) -> None:
+    def __init__(
+        self, ladder: Ladder, latency: LatencyModel, policy: Policy, limits: Limits, *, horizon_s: float = 0.1
+    ) -> None:
         if limits.max_batch_size > latency.max_batch_size:
             raise ValueError(
                 f"max_batch_size must be at most {latency.max_batch_size}, the latency model's, "
@@ -132,8 +138,10 @@ class Scheduler:
         self.ladder, self.latency, self.policy, self.limits = ladder, latency, policy, limits
         self.queue = DeadlineQueue()
         self.running: list[Batch] = []
-        self._rates: ArrivalRate[Kind] = ArrivalRate(RATE_WINDOW_S)
-        self._class_rates: ArrivalRate[str] = ArrivalRate(RATE_WINDOW_S)
+        self._horizon_s = horizon_s
+        self._burst: ArrivalRate[None] = ArrivalRate(BURST_WINDOW * horizon_s)
+        self._rates: ArrivalRate[Kind] = ArrivalRate(LONG_HORIZON * horizon_s)
+        self._class_rates: ArrivalRate[str] = ArrivalRate(LONG_HORIZON * horizon_s)
         self._classes: dict[str, _Class] = {}
         self._plan_size = limits.max_batch_size
         self._excess_s = 0.0  # by how much the plan that was refused last would have been late
@@ -264,8 +272,8 @@ class Scheduler:
         return Refusal(
             "deadline",
             self._excess_s,
-            f"{queue.num_waiting} requests wait: {slack_ms:.0f} ms are left, {1000 * self._excess_s:.0f} ms more would be "
-            "needed even at the cheapest operating point allowed",
+            f"{queue.num_waiting} requests wait: {slack_ms:.0f} ms are left and {1000 * self._excess_s:.0f} ms more are "
+            "needed, even at the cheapest operating point allowed",
         )
 
     def _plan_holds(self, free_s: list[float], start: int, now: float) -> bool:
@@ -355,7 +363,7 @@ class Scheduler:
             kinds=queue.kinds,
             waiting=queue.waiting,
             arrival_rates_hz=self._rates.by_kind(now),
-            dispersion=self._rates.dispersion,
+            forecasts=self._forecasts(now),
             busy_until_s=self._busy_until_s(now),
             workers=self.limits.workers,
             batch_limit_s=self.batch_limit_s(now),
@@ -364,6 +372,17 @@ class Scheduler:
             latency=self.latency,
             keeps_promise=self.keeps_promise,
         )
+
+    def _forecasts(self, now: float) -> list[Forecast]:
+        """A burst and a load that lasts; how bursty arrivals are is measured over the short bins, which are many."""
+        dispersion = self._burst.dispersion
+        short_s, long_s = self._horizon_s, LONG_HORIZON * self._horizon_s
+        burst = max(
+            self._burst.forecast(now, short_s, dispersion),
+            self._rates.forecast(now, short_s, dispersion),  # a lull between two bursts is no promise
+            key=lambda forecast: forecast.mean,
+        )
+        return [burst, self._rates.forecast(now, long_s, dispersion)]
 
     def _start(self, rungs: list[int], now: float) -> Batch:
         """Takes the batch out of the queue. Holes in it are dropped: that only makes it shorter."""
@@ -435,6 +454,7 @@ class Scheduler:
 
     def _count_arrival(self, request: Request, now: float) -> _Class:
         budget = request.budget
+        self._burst.arrived(None, now)
         self._rates.arrived(request.kind, now)
         self._class_rates.arrived(budget.name, now)
         self.policy.arrived(now)

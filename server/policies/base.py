@@ -25,6 +25,15 @@ class Kind:
 
 
 @dataclass(frozen=True, slots=True)
+class Forecast:
+    """Arrivals within the next `horizon_s`: mean and variance of their number."""
+
+    horizon_s: float
+    mean: float
+    variance: float
+
+
+@dataclass(frozen=True, slots=True)
 class View:
     """The state at a decision, read-only. The queue is in order of deadlines, earliest first.
 
@@ -34,7 +43,7 @@ class View:
         kinds: of the queue.
         waiting: queued requests of each kind.
         arrival_rates_hz: arrivals per second of each kind seen lately, shed ones included.
-        dispersion: variance over mean of the number of arrivals in a short time; 1 for a Poisson process.
+        forecasts: how many requests to expect, over a short and a long horizon.
         busy_until_s: predicted end (q-quantile) of every batch that runs.
         workers: how many batches may run at once.
         batch_limit_s: longest that a batch of several may take, so that whoever arrives meanwhile can still be served.
@@ -46,7 +55,7 @@ class View:
     kinds: Sequence[Kind]
     waiting: Mapping[Kind, int]
     arrival_rates_hz: Mapping[Kind, float]
-    dispersion: float
+    forecasts: Sequence[Forecast]
     busy_until_s: Sequence[float]
     workers: int
     batch_limit_s: float
