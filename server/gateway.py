@@ -93,6 +93,7 @@ class Gateway:
             profiled or self._guess_latency(1.0, 1.0),  # nobody is admitted before the warm-up has measured
             self.policy.build(),
             Limits(self._max_batch_size, backend.num_workers, settings.max_queue_images, settings.max_queue_bytes),
+            horizon_s=min(budget.deadline_s for budget in self.policy.budgets.values()),
         )
         self._decoder = Decoder(
             manifest.preprocessing,
@@ -179,9 +180,13 @@ class Gateway:
             GatewayError: the request as a whole failed.
         """
         uploaded_s = asyncio.get_running_loop().time()
-        tasks = [asyncio.create_task(self._classify_one(upload, ask, arrival_s, uploaded_s)) for upload in uploads]
+        tasks: list[asyncio.Task[Served | ImageError]] = []
         try:
             async with asyncio.timeout_at(uploaded_s + self._request_timeout_s):
+                if len(uploads) == 1:  # the common case needs no task
+                    return [await self._classify_one(uploads[0], ask, arrival_s, uploaded_s)]
+                for upload in uploads:
+                    tasks.append(asyncio.create_task(self._classify_one(upload, ask, arrival_s, uploaded_s)))
                 return await asyncio.gather(*tasks)
         except TimeoutError as error:
             raise DeadlineExceeded(f"no answer within {self._request_timeout_s:g} s") from error

@@ -14,7 +14,9 @@ import logging
 import signal
 import socket
 import threading
+from collections.abc import Coroutine
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -35,14 +37,14 @@ class GracefulServer(uvicorn.Server):
         super().__init__(config)
         self._gateway, self._delay_s, self._drain_timeout_s = gateway, delay_s, drain_timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[None] | None = None  # the loop itself holds its tasks weakly
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them weakly
         self._stopping = False
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         has_signals = threading.current_thread() is threading.main_thread()
         if has_signals:
-            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+            self._loop.add_signal_handler(signal.SIGHUP, lambda: self._start(self._reload()))
         try:
             await super().serve(sockets)
         finally:
@@ -60,10 +62,12 @@ class GracefulServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self._stopping = True
-        self._loop.call_soon_threadsafe(self._start_draining)
+        self._loop.call_soon_threadsafe(self._start, self._drain())
 
-    def _start_draining(self) -> None:
-        self._task = asyncio.create_task(self._drain(), name="drain")
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _drain(self) -> None:
         try:
@@ -71,10 +75,7 @@ class GracefulServer(uvicorn.Server):
         finally:
             self.should_exit = True
 
-    def _reload(self) -> None:
-        self._task = asyncio.create_task(self._reload_policy(), name="reload")
-
-    async def _reload_policy(self) -> None:
+    async def _reload(self) -> None:
         try:
             await self._gateway.reload_policy()
         except PolicyError as error:

@@ -227,11 +227,13 @@ def test_engine_when_a_deadline_cannot_be_met_then_it_is_refused_at_once() -> No
 
 def test_engine_when_a_budget_leaves_others_no_room_then_it_is_told_so() -> None:
     async def scenario(bench: Bench) -> None:
-        bench.send()
-        greedy = Budget("greedy", 3, 3, deadline_s=1.0, weight=0.01)
+        for _ in range(10):
+            bench.send()
+        await until_queued()
+        greedy = Budget("greedy", 3, 3, deadline_s=2.0, weight=0.01)
         work = Work(np.zeros((8, 8, 1), np.uint8), False)
-        # The first budget is expected to need 10 images/s * 0.45 s / 8, which leaves less than 0.5 s of the next one.
-        requests = [Request(0, 1, greedy, 3, 3) for _ in range(12)]
+        # The first budget is expected to need 10 images/s * 0.45 s / 8, which leaves 0.9 of the next 2 s: 15 images.
+        requests = [Request(0, 2, greedy, 3, 3) for _ in range(20)]
         tasks = [asyncio.create_task(bench.engine.infer(request, work)) for request in requests]
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {Inference, OverShare}

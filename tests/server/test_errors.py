@@ -211,6 +211,9 @@ def test_classify_when_queue_is_full_then_503_with_retry_after(serve_fake: Any, 
         response = client.post("/classify", content=GRAY_1X1, headers=PNG)
         assert_problem(response, 503, "queue_full")
         assert response.headers["retry-after"] == "1"
+        metrics = client.get("/metrics").text
+        assert 'vmoe_shed_images_total{budget="auto",reason="queue_full"} 1.0' in metrics
+        assert 'vmoe_offered_images_total{budget="auto"} 2.0' in metrics
         backend.gate.set()
         first.join()
         assert answers[0].status_code == 200
@@ -280,6 +283,11 @@ def test_errors_when_listed_then_codes_are_unique_and_each_has_a_status() -> Non
     leaves = [kind for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "code")]
     assert len({kind.code for kind in leaves}) == len(leaves)
     assert all(400 <= kind.status < 600 for kind in leaves)
+
+
+@pytest.mark.parametrize(("room_s", "header"), [(-1.0, 1), (0.02, 1), (1.0, 1), (1.2, 2)])
+def test_retry_after_when_there_is_room_in_between_seconds_then_it_is_rounded_up(room_s: float, header: int) -> None:
+    assert errors.Overloaded("", room_s).retry_after_s == header
 
 
 def _wait_until_inferring(backend: Any) -> None:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from exporter.bundle import Bundle, Latency, Manifest
 from server.ladder import Ladder
-from server.policy_file import parse_policy
+from server.policies.foresight import ForesightConfig
+from server.policy_file import PolicyConfig, parse_policy
 from tests.server.test_errors import assert_problem
 
 ROOT = Path(__file__).parents[2]
@@ -35,8 +36,9 @@ IMAGE: dict[str, Any] = {"content": _png(), "headers": {"Content-Type": "image/p
 def test_policy_when_asked_for_then_it_shows_what_is_in_force_and_the_queue(serve_fake: Any, backend: Any) -> None:
     with serve_fake() as client:
         body = client.get("/v1/policy").json()
-        assert (body["policy"], body["source"], body["quantile"]) == ("foresight", "default (foresight)", 0.95)
-        assert "utilisation" in body["parameters"]
+        assert (body["policy"], body["source"]) == ("foresight", "default (foresight)")
+        assert body["quantile"] == PolicyConfig().quantile
+        assert body["parameters"].keys() == ForesightConfig.model_fields.keys()
         # The small model has no profile, hence a deadline of 1 s; its ladder ends at 0.80 and 0.90.
         assert body["budgets"]["auto"] == {
             "floor": {"capacity_factor": 0.5, "num_selected_experts": 1, "accuracy": 0.8},
