@@ -111,7 +111,7 @@ def describe_policy(policy: ActivePolicy, scheduler: Scheduler, now: float) -> P
         source=policy.source,
         budgets=_budgets(policy, scheduler.ladder),
         state=QueueState(
-            waiting_images=queue.num_waiting,
+            waiting_images=len(queue),
             waiting_bytes=queue.size_bytes,
             oldest_ms=_milliseconds(scheduler.oldest_age_s(now)),
             running_batches=len(scheduler.running),

@@ -1,10 +1,14 @@
 """Short-window estimate of the arrival rate, per kind of request. Pure: the caller passes `now`.
 
-An arrival counts exp(-age / window): the estimate reacts within one window and needs no list of the past. Burstiness is
-the index of dispersion, variance over mean of the counts n_i in consecutive bins of one window; 1 for a Poisson process.
-It is pi / 2 times the square of the average over about `_BINS` bins of |n_i - n_(i-1)| / sqrt(n_i + n_(i-1)), which is exact
-for normal counts: successive differences, each over its own mean and not squared, so that a load that moves to another
-level does not count as bursty for long.
+An arrival counts exp(-age / window): the estimate reacts within one window and needs no list of the past.
+
+Burstiness is the index of dispersion, variance over mean of the counts n_i in consecutive bins of one window; 1 for a
+Poisson process. It is pi / 2 times the square of the average, over about `_BINS` bins, of
+
+    |n_i - n_(i-1)| / sqrt(n_i + n_(i-1))
+
+which is exact for normal counts. Differences of neighbours, each over its own mean and not squared: a load that moves
+to another level does not count as bursty for long.
 """
 
 from __future__ import annotations

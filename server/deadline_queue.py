@@ -6,11 +6,14 @@ Parallel lists, because decisions read columns.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from server.budgets import Budget
 from server.policies.base import Kind
+
+_T = TypeVar("_T")
 
 
 @dataclass(eq=False, slots=True)
@@ -24,7 +27,7 @@ class Request:
         floor, ceiling: rungs between which it may be served; equal for a pinned point.
         size_bytes: memory that it holds while it waits.
         pinned: the client chose the point.
-        payload: what the caller wants back with the batch; dropped on cancellation.
+        payload: what the caller wants back with the batch.
     """
 
     arrival_s: float
@@ -35,7 +38,6 @@ class Request:
     size_bytes: int = 0
     pinned: bool = False
     payload: Any = None
-    cancelled: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -45,9 +47,8 @@ class Request:
 class DeadlineQueue:
     """Attributes:
     requests, deadlines, floors, kinds: columns, in order; read-only for others.
-    waiting: live requests of each kind.
-    num_waiting: live requests.
-    size_bytes: what the live requests hold.
+    waiting: requests of each kind.
+    size_bytes: what the requests hold.
     """
 
     def __init__(self) -> None:
@@ -55,92 +56,57 @@ class DeadlineQueue:
         self.deadlines: list[float] = []
         self.floors: list[int] = []
         self.kinds: list[Kind] = []
-        self.waiting: dict[Kind, int] = {}
-        self.num_waiting = 0
+        self.waiting: Counter[Kind] = Counter()
         self.size_bytes = 0
-        self._floor_counts: dict[int, int] = {}
+        self._floors: Counter[int] = Counter()
 
     def __len__(self) -> int:
-        """Positions, cancelled ones included."""
         return len(self.requests)
 
     @property
     def uniform_floor(self) -> int | None:
-        """The floor that all positions share, None where they differ."""
-        return next(iter(self._floor_counts)) if len(self._floor_counts) == 1 else None
+        """The floor that all requests share, None where they differ."""
+        return next(iter(self._floors)) if len(self._floors) == 1 else None
 
     @property
     def heaviest_floor(self) -> int:
         """The costliest floor of a queue that is not empty."""
-        return max(self._floor_counts)
+        return max(self._floors)
 
-    def insert(self, request: Request, kind: Kind) -> int:
+    def insert(self, request: Request) -> int:
         """Returns the position."""
-        position = bisect_right(self.deadlines, request.deadline_s)
+        position, kind = bisect_right(self.deadlines, request.deadline_s), request.kind
         self.requests.insert(position, request)
         self.deadlines.insert(position, request.deadline_s)
         self.floors.insert(position, request.floor)
         self.kinds.insert(position, kind)
-        self._count_floor(request.floor, 1)
-        self._count(request, kind, 1)
+        self.waiting[kind] += 1
+        self._floors[request.floor] += 1
+        self.size_bytes += request.size_bytes
         return position
 
     def take(self, start: int, stop: int) -> list[Request]:
-        """Removes positions and returns their live requests."""
+        """Removes and returns the requests at these positions."""
         taken = self.requests[start:stop]
-        for request, kind, floor in zip(taken, self.kinds[start:stop], self.floors[start:stop], strict=True):
-            self._count_floor(floor, -1)
-            if not request.cancelled:
-                self._count(request, kind, -1)
+        for request, kind in zip(taken, self.kinds[start:stop], strict=True):
+            _decrement(self.waiting, kind)
+            _decrement(self._floors, request.floor)
+            self.size_bytes -= request.size_bytes
         del self.requests[start:stop], self.deadlines[start:stop], self.floors[start:stop], self.kinds[start:stop]
-        return [request for request in taken if not request.cancelled]
+        return taken
 
-    def cancel(self, request: Request) -> bool:
-        """Leaves a hole at the lowest rung in its place, so that no planned batch changes; False when it has left.
-
-        Closing the hole at once could move a costlier request into an earlier batch and so delay the batch mates.
-        """
-        position = self._position(request)
-        if position is None or request.cancelled:
-            return False
-        self._count(request, self.kinds[position], -1)
-        self._count_floor(self.floors[position], -1)
-        self._count_floor(0, 1)
-        self.floors[position] = 0
-        request.cancelled = True
-        request.payload = None
-        return True
-
-    def without_holes(self) -> DeadlineQueue:
-        """A copy whose cancelled positions are closed."""
-        copy = DeadlineQueue()
-        for request, kind in zip(self.requests, self.kinds, strict=True):
-            if not request.cancelled:
-                copy.insert(request, kind)
-        return copy
-
-    @property
-    def has_holes(self) -> bool:
-        return self.num_waiting < len(self.requests)
-
-    def _position(self, request: Request) -> int | None:
+    def find(self, request: Request) -> int | None:
+        """Its position; None when it has left."""
         for position in range(bisect_left(self.deadlines, request.deadline_s), len(self.requests)):
             if self.requests[position] is request:
                 return position
             if self.deadlines[position] > request.deadline_s:
-                return None
+                break
         return None
 
-    def _count(self, request: Request, kind: Kind, step: int) -> None:
-        self.num_waiting += step
-        self.size_bytes += step * request.size_bytes
-        if count := self.waiting.get(kind, 0) + step:
-            self.waiting[kind] = count
-        else:
-            del self.waiting[kind]
 
-    def _count_floor(self, floor: int, step: int) -> None:
-        if count := self._floor_counts.get(floor, 0) + step:
-            self._floor_counts[floor] = count
-        else:
-            del self._floor_counts[floor]
+def _decrement(counts: Counter[_T], key: _T) -> None:
+    """Counters keep zeros; here the keys are what occurs."""
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]

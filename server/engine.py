@@ -140,7 +140,7 @@ class Engine:
                     self._batches.add(task)
                     task.add_done_callback(self._batches.discard)
             except Exception:  # the loop must survive whatever a policy does; its queue might make it fail for ever
-                logger.exception("the decision failed, %d images with it", self._scheduler.queue.num_waiting)
+                logger.exception("the decision failed, %d images with it", len(self._scheduler.queue))
                 _fail(self._scheduler.clear(), InferenceFailed, "the scheduler failed")
 
     def _next_batch(self) -> Batch | None:

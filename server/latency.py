@@ -37,6 +37,7 @@ CELL_STEP = 0.05
 QUANTILE_STEP = 0.1
 _MAX_CELL = math.log(2)
 _MAX_SCALE = math.log(1000)
+_MAX_Z = 20.0
 _P99 = NormalDist().inv_cdf(0.99)
 # Below this, timer resolution and the scheduler of the operating system decide, not the model. Above, one stall did.
 _MIN_SIGMA, _MAX_SIGMA = 0.02, 0.5
@@ -73,13 +74,12 @@ class LatencyModel:
         self.max_batch_size, self.quantile = max_batch_size, quantile
         self._interpolation = _interpolation(self._sizes, max_batch_size)  # (B, N + 1)
         sigma_by_size = np.clip(np.asarray(sigma, np.float64), _MIN_SIGMA, _MAX_SIGMA) @ self._interpolation
-        self.sigma: list[float] = np.clip(sigma_by_size, _MIN_SIGMA, _MAX_SIGMA).tolist()
+        self._sigmas = np.clip(sigma_by_size, _MIN_SIGMA, _MAX_SIGMA)
+        self.sigma: list[float] = self._sigmas.tolist()
         self._scale = 0.0
         self._cells = np.zeros_like(self._profile)
         self._z = NormalDist().inv_cdf(quantile)
-        self._increments: list[list[float]] = []
         self.median_s: list[list[float]] = []
-        self._high: list[float] = []
         self._rebuild()
 
     @classmethod
@@ -119,7 +119,7 @@ class LatencyModel:
     def aim_at(self, quantile: float) -> None:
         """Changes the quantile; what was learned about the spread is kept."""
         normal = NormalDist()
-        self._z = min(max(self._z + normal.inv_cdf(quantile) - normal.inv_cdf(self.quantile), 0.0), 4.0)
+        self._z = min(max(self._z + normal.inv_cdf(quantile) - normal.inv_cdf(self.quantile), 0.0), _MAX_Z)
         self.quantile = quantile
         self._rebuild()
 
@@ -131,28 +131,34 @@ class LatencyModel:
     def predict_s(self, rungs: Sequence[int], *, high: bool = False) -> float:
         """A batch of one image per entry of `rungs`, in any order."""
         size = len(rungs)
-        first = rungs[0]
-        if rungs.count(first) == size:
-            return self.uniform_s(first, size, high=high)
-        median = sum(self._increments[rung][i] for i, rung in enumerate(sorted(rungs, reverse=True), 1))
+        median, placed = 0.0, 0
+        for rung in sorted(set(rungs), reverse=True):
+            row, start = self.median_s[rung], placed
+            placed += rungs.count(rung)
+            median += row[placed] - row[start]
         return median * self._high[size] if high else median
 
     def high_factor(self, size: int) -> float:
         """q-quantile over median of a batch of `size` images."""
         return self._high[size]
 
-    def increments(self) -> npt.NDArray[np.float64]:
-        """(P, N + 1): what the n-th image adds at each rung."""
-        return self._increments_array
+    @property
+    def high_factors(self) -> npt.NDArray[np.float64]:
+        """(N + 1,) q-quantile over median of a batch of n images."""
+        return self._high_factors
+
+    @property
+    def table_s(self) -> npt.NDArray[np.float64]:
+        """(P, N + 1) median of a batch of n images of one rung."""
+        return self._table_s
 
     def observe(self, rungs: Sequence[int], measured_s: float) -> None:
         """Learns from a batch that took `measured_s`."""
         size = len(rungs)
         residual = math.log(max(measured_s, 1e-9) / self.predict_s(rungs))
         z = residual / self.sigma[size]
-        # Clipped: what a scale will soon explain must not blow up the spread.
         self._z += QUANTILE_STEP * (self.quantile - (z <= self._z))
-        self._z = min(max(self._z, 0.0), 4.0)
+        self._z = min(max(self._z, 0.0), _MAX_Z)
         clipped = min(max(residual, -CLIP), CLIP)
         self._scale = min(max(self._scale + SCALE_STEP * clipped, -_MAX_SCALE), _MAX_SCALE)
         weights = self._interpolation[:, size]
@@ -168,10 +174,10 @@ class LatencyModel:
         increments = np.maximum(np.diff(table, axis=1, prepend=0.0), 0.0)
         increments[:, 0] = 0.0
         increments = np.maximum.accumulate(increments, axis=0)
-        self._increments_array = increments
-        self._increments = increments.tolist()
-        self.median_s = np.cumsum(increments, axis=1).tolist()
-        self._high = [math.exp(self._z * sigma) for sigma in self.sigma]
+        self._table_s = np.cumsum(increments, axis=1)
+        self.median_s = self._table_s.tolist()
+        self._high_factors = np.exp(self._z * self._sigmas)
+        self._high: list[float] = self._high_factors.tolist()
 
 
 def _interpolation(sizes: npt.NDArray[np.int64], max_batch_size: int) -> npt.NDArray[np.float64]:

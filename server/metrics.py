@@ -131,7 +131,7 @@ class Metrics:
     def watch(self, scheduler: Scheduler, now: Callable[[], float]) -> None:
         """Adds gauges that are read from the scheduler at each scrape, in the thread of the event loop."""
         for name, text, value in (
-            ("vmoe_queue_images", "Images that wait.", lambda: scheduler.queue.num_waiting),
+            ("vmoe_queue_images", "Images that wait.", lambda: len(scheduler.queue)),
             ("vmoe_queue_bytes", "Bytes that they hold.", lambda: scheduler.queue.size_bytes),
             ("vmoe_queue_oldest_seconds", "Age of the oldest.", lambda: scheduler.oldest_age_s(now())),
             ("vmoe_running_batches", "Batches in the backend.", lambda: len(scheduler.running)),

@@ -13,8 +13,8 @@ every deadline at the q-quantile of predicted latency; a batch is started only i
 admitted request is late only if a batch took longer than its predicted q-quantile. What cannot be promised is refused
 at once.
 
-**Guard.** Policies propose; a proposal that would break the promise is replaced by the first batch of the floor plan.
-Where a slow batch has broken it already, the largest batch that still saves the most urgent request runs instead.
+**Guard.** Policies propose; a proposal that would break the promise is replaced by the largest batch at floors that
+keeps it. Where a slow batch has broken it already, the largest batch that still saves the most urgent request runs.
 
 **Shares.** Under contention a class may fill the queue only up to what the others leave. Of the time to its deadline D,
 every other active class o keeps free what it is expected to need, at most its weighted share:
@@ -143,14 +143,14 @@ class Scheduler:
         self._rates: ArrivalRate[Kind] = ArrivalRate(LONG_HORIZON * horizon_s)
         self._class_rates: ArrivalRate[str] = ArrivalRate(LONG_HORIZON * horizon_s)
         self._classes: dict[str, _Class] = {}
-        self._plan_size = limits.max_batch_size
+        self._kept: tuple[float, list[int]] | None = None  # found to keep the promise: spares the second look
         self._excess_s = 0.0  # by how much the plan that was refused last would have been late
 
     # -- what the caller sees of the state
 
     @property
     def has_work(self) -> bool:
-        return self.queue.num_waiting > 0
+        return bool(self.queue.requests)
 
     @property
     def free_workers(self) -> int:
@@ -162,7 +162,7 @@ class Scheduler:
 
     def oldest_age_s(self, now: float) -> float:
         """How long the longest-waiting request has waited; 0 when nobody waits. O(n): for scrapes only."""
-        return max((now - r.arrival_s for r in self.queue.requests if not r.cancelled), default=0.0)
+        return max((now - request.arrival_s for request in self.queue.requests), default=0.0)
 
     def use(self, policy: Policy) -> None:
         """Takes another policy from now on. What is admitted keeps its range and its deadline."""
@@ -195,10 +195,11 @@ class Scheduler:
 
     def cancel(self, request: Request) -> bool:
         """Forgets a waiting request; False when it has left the queue already."""
-        cancelled = self.queue.cancel(request)
-        if cancelled:
-            self._left([request])
-        return cancelled
+        position = self.queue.find(request)
+        if position is None:
+            return False
+        self._left(self.queue.take(position, position + 1))
+        return True
 
     def next_batch(self, now: float) -> tuple[Batch | None, list[Request]]:
         """The batch that starts now, None without a free worker or work; and the requests that can only be late.
@@ -207,13 +208,10 @@ class Scheduler:
         """
         late = self._take_late(now)
         if not self.free_workers or not self.has_work:
-            if not self.queue.num_waiting:
-                self.queue = DeadlineQueue()
             return None, late
-        self._close_holes(now)
-        view = self._view(now)
+        view, self._kept = self._view(now), None
         rungs = view.clip(self.policy.decide(view).rungs[: self.limits.max_batch_size])
-        if not rungs or not self.keeps_promise(rungs, now):
+        if not rungs or not ((now, rungs) == self._kept or self.keeps_promise(rungs, now)):
             rungs = self._safe_rungs(now)
         return self._start(rungs, now), late
 
@@ -238,7 +236,10 @@ class Scheduler:
         end_s = now + high_s
         if end_s > self.queue.deadlines[0] + _EPSILON_S or (len(rungs) > 1 and high_s > self.batch_limit_s(now)):
             return False
-        return self._plan_holds([*self._busy_until_s(now), end_s], len(rungs), now)
+        if not self._plan_holds([*self._busy_until_s(now), end_s], len(rungs), now):
+            return False
+        self._kept = (now, list(rungs))
+        return True
 
     def batch_limit_s(self, now: float) -> float:
         """Half of the shortest deadline among active classes.
@@ -255,31 +256,32 @@ class Scheduler:
         if not self.policy.degrades:
             request.floor = request.ceiling
         limits, queue = self.limits, self.queue
-        if queue.num_waiting >= limits.max_requests or len(queue) >= 2 * limits.max_requests:
+        if len(queue) >= limits.max_requests:
             return Refusal(
-                "queue_full", self._drain_s(), f"{queue.num_waiting} requests wait, the limit is {limits.max_requests}"
+                "queue_full", self._drain_s(request), f"{len(queue)} requests wait, the limit is {limits.max_requests}"
             )
         if queue.size_bytes + request.size_bytes > limits.max_bytes:
             detail = f"{queue.size_bytes} bytes wait and {request.size_bytes} more do not fit into {limits.max_bytes}"
-            return Refusal("queue_bytes", self._drain_s(), detail)
+            return Refusal("queue_bytes", self._drain_s(request), detail)
         if (excess_s := self._above_share_s(request, now)) > 0:
             return Refusal("share", excess_s, f"budget {request.budget.name!r} has used up its share of the queue")
-        position = queue.insert(request, request.kind)
+        position = queue.insert(request)
         if self._plan_holds(self._free_s(now), 0, now):
             return position
         queue.take(position, position + 1)
-        slack_ms = 1000 * (request.deadline_s - now)
+        left_ms, excess_ms = 1000 * (request.deadline_s - now), 1000 * self._excess_s
         return Refusal(
             "deadline",
             self._excess_s,
-            f"{queue.num_waiting} requests wait: {slack_ms:.0f} ms are left and {1000 * self._excess_s:.0f} ms more are "
-            "needed, even at the cheapest operating point allowed",
+            f"{len(queue)} requests wait: {left_ms:.0f} ms are left, {excess_ms:.0f} ms more are needed even at the "
+            "cheapest operating point allowed",
         )
 
     def _plan_holds(self, free_s: list[float], start: int, now: float) -> bool:
         """Does the floor plan of the queue from position `start` meet every deadline?
 
-        Tries the plan size that suits the active classes, then the one with which the last promise was made.
+        Tries the plan size that suits the active classes, then the largest: a strict class that has just become active
+        must not make late what was promised before.
 
         Arguments:
             free_s: when each worker becomes free.
@@ -288,9 +290,9 @@ class Scheduler:
             return True
         size = self._suitable_size(now)
         if self._plan_holds_with(free_s, start, size):
-            self._plan_size = size
             return True
-        return size != self._plan_size and self._plan_holds_with(free_s, start, self._plan_size)
+        most = self.limits.max_batch_size
+        return size != most and self._plan_holds_with(free_s, start, most)
 
     def _plan_holds_with(self, free_s: list[float], start: int, size: int) -> bool:
         queue, latency = self.queue, self.latency
@@ -349,9 +351,9 @@ class Scheduler:
         """One image's share of a full batch."""
         return self.latency.uniform_s(rung, self.limits.max_batch_size) / self.limits.max_batch_size
 
-    def _drain_s(self) -> float:
-        """How long the floor plan of a batch takes."""
-        return self.latency.uniform_s(self.queue.heaviest_floor, self.limits.max_batch_size, high=True)
+    def _drain_s(self, request: Request) -> float:
+        """How long a full batch takes at the floor of `request`."""
+        return self.latency.uniform_s(request.floor, self.limits.max_batch_size, high=True)
 
     # -- batches
 
@@ -385,11 +387,7 @@ class Scheduler:
         return [burst, self._rates.forecast(now, long_s, dispersion)]
 
     def _start(self, rungs: list[int], now: float) -> Batch:
-        """Takes the batch out of the queue. Holes in it are dropped: that only makes it shorter."""
-        size = len(rungs)
-        live = [i for i, request in enumerate(self.queue.requests[:size]) if not request.cancelled]
-        rungs = [rungs[i] for i in live]
-        requests = self.queue.take(0, size)
+        requests = self.queue.take(0, len(rungs))
         self._left(requests)
         ceilings = [request.ceiling for request in requests]
         at_ceilings_s = self.latency.predict_s(ceilings, high=True)
@@ -404,20 +402,18 @@ class Scheduler:
         return batch
 
     def _safe_rungs(self, now: float) -> list[int]:
-        """The first batch of the floor plan; where that is late already, the largest that saves the head."""
-        queue, latency = self.queue, self.latency
-        slack_s = queue.deadlines[0] - now + _EPSILON_S
-        rungs = queue.floors[: self._plan_size]
-        for high in (True, False):
-            for size in range(len(rungs), 0, -1):
-                if latency.predict_s(rungs[:size], high=high) <= slack_s:
-                    return self._with_somebody(rungs[:size])
-        return self._with_somebody(rungs[:1])
-
-    def _with_somebody(self, rungs: list[int]) -> list[int]:
-        """A batch of holes alone would be empty: extends it to the first live request."""
-        first = next(i for i, request in enumerate(self.queue.requests) if not request.cancelled)
-        return rungs if first < len(rungs) else self.queue.floors[: first + 1]
+        """The largest batch at floors that keeps the promise; where none does, the largest that saves the head."""
+        latency, slack_s = self.latency, self.queue.deadlines[0] - now + _EPSILON_S
+        floors = self.queue.floors[: self.limits.max_batch_size]
+        candidates = [floors[:size] for size in range(len(floors), 0, -1)]
+        for keeps in (
+            lambda rungs: self.keeps_promise(rungs, now),
+            lambda rungs: latency.predict_s(rungs, high=True) <= slack_s,
+            lambda rungs: latency.predict_s(rungs) <= slack_s,
+        ):
+            if best := next(filter(keeps, candidates), None):
+                return best
+        return floors[:1]
 
     def _take_late(self, now: float) -> list[Request]:
         """Heads whose deadline has passed, or passes before the fastest answer (median) could be there."""
@@ -431,16 +427,6 @@ class Scheduler:
             self._left(late)
             self.policy.finished(now, met=0, missed=len(late))
         return late
-
-    def _close_holes(self, now: float) -> None:
-        """Cancelled requests leave, unless that would break the promise to those behind them."""
-        if not self.queue.has_holes:
-            return
-        held = self._plan_holds(self._free_s(now), 0, now)
-        with_holes, size = self.queue, self._plan_size
-        self.queue = with_holes.without_holes()
-        if held and not self._plan_holds(self._free_s(now), 0, now):
-            self.queue, self._plan_size = with_holes, size
 
     def _busy_until_s(self, now: float) -> list[float]:
         """Predicted ends; a batch that is overdue may end any moment."""

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from server.ladder import Ladder
 from server.latency import LatencyModel
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """Requests that a policy may treat alike: their range on the ladder and their weight."""
+class Kind(NamedTuple):
+    """Requests that a policy may treat alike: their range on the ladder and their weight.
+
+    A tuple, not a dataclass: it is hashed and compared about a hundred times in a decision.
+    """
 
     floor: int
     ceiling: int

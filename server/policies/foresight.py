@@ -5,8 +5,8 @@ answered in time, nothing for those that are late or shed.
 
 **Price of time.** The queue is rolled forward as a fluid. Over a horizon h the requests to serve are N = waiting +
 arriving, the time to do it T = utilisation * h * workers + slack - what running batches still need, where slack is the
-part of a deadline for which work may be left over. The best use of t seconds per request is a fractional knapsack over the steps
-of the ladder, the concave envelope phi of
+part of a deadline for which work may be left over. The best use of t seconds per request is a fractional knapsack over
+the steps of the ladder, the concave envelope phi of
 
     (0, 0), (c_1, w a_1), ..., (c_P, w a_P)
 
@@ -17,8 +17,9 @@ t_1 < ... < t_J of phi, the expected price is
 
     mu = sum over j of (s_j - s_(j+1)) * P(N t_j > T),     s_(J+1) = 0
 
-s_1 is the price where requests get shed, 0 where all can have their ceiling. Two horizons are looked at, one deadline (a
-burst) and ten (a load that lasts), each with an arrival rate measured over a time in proportion; the higher price counts.
+s_1 is the price where requests get shed, 0 where all can have their ceiling. Two horizons are looked at, one deadline
+(a burst) and ten (a load that lasts), each with an arrival rate measured over a time in proportion; the higher price
+counts.
 
 **Score.** Candidates are batches of the first n requests, each at a level of the ladder moved into its own range, for
 every level and the largest n that keeps the promise of admission at the q-quantile of corrected latency (`View.fits`,
@@ -26,8 +27,8 @@ then smaller n). With L the candidate's median latency and v_i the most that a r
 
     score = sum over i < n of (w_i a(p_i) - v_i)  -  mu L,     v_i = max over p of (w_i a(p) - mu c_p)
 
-An idle server pays nothing for accuracy, a saturated one gives every rung up, and between the two time goes where it buys
-most. Floors, ceilings and pins are respected by construction.
+An idle server pays nothing for accuracy, a saturated one gives every rung up, and between the two time goes where it
+buys most. Floors, ceilings and pins are respected by construction.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Foresight(Stateless):
         hulls = {kind: _hull(view, kind, size) for kind in {*view.waiting, *view.arrival_rates_hz}}
         price = max(self._price(view, forecast, hulls) for forecast in view.forecasts)
         rungs, gains, medians = _candidates(view, view.kinds[:most], sizes, hulls, price)
-        high = medians * np.array([view.latency.high_factor(n) for n in sizes])
+        high = medians * view.latency.high_factors[sizes]
         slack_s = view.deadlines[0] - view.now
         feasible = high <= np.where(sizes > 1, min(slack_s, view.batch_limit_s), slack_s)
         score = gains - price * medians
@@ -73,7 +74,7 @@ class Foresight(Stateless):
         scored = [(float(score[level, column]), level, column) for level, column in enumerate(columns) if column >= 0]
         for _, level, column in sorted(scored, reverse=True):
             for smaller in range(column, max(column - 3, -1), -1):
-                candidate = rungs[level][: sizes[smaller]]
+                candidate = rungs[level, : sizes[smaller]].tolist()
                 if view.fits(candidate):
                     return Proposal(candidate)
         return Proposal([])
@@ -154,21 +155,22 @@ def _candidates(
     sizes: npt.NDArray[np.int64],
     hulls: Mapping[Kind, list[tuple[float, float]]],
     price: float,
-) -> tuple[list[list[int]], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """For each level of the ladder: rungs of the first requests; gain over waiting, and median latency, of each size."""
-    values, first = np.array(view.ladder.values), kinds[0]
-    later = {kind: sum(max(value - price * time_s, 0.0) for time_s, value in hulls[kind]) for kind in set(kinds)}
-    if len(later) == 1:
-        levels = sorted({min(max(rung, first.floor), first.ceiling) for rung in view.ladder.frontier})
-        gains = (first.weight * values[levels] - later[first])[:, None] * sizes
-        medians = np.array([view.latency.median_s[level] for level in levels])[:, sizes]
-        return [[level] * len(kinds) for level in levels], gains, medians
-    floors, ceilings, weights, gained = np.array([(k.floor, k.ceiling, k.weight, later[k]) for k in kinds]).T
-    rungs = np.clip(np.array(view.ladder.frontier)[:, None], floors, ceilings).astype(np.int64)
-    rungs = np.unique(rungs, axis=0)
-    gains = np.cumsum(values[rungs] * weights - gained, axis=1)[:, sizes - 1]
-    increments = view.latency.increments()
-    medians = np.stack(
-        [increments[-np.sort(-rungs[:, :size], axis=1), np.arange(1, size + 1)].sum(axis=1) for size in sizes], axis=1
-    )
-    return rungs.tolist(), gains, medians
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """For each level of the ladder: rungs of the first requests; gain over waiting and median latency of each size.
+
+    Works on the few kinds that occur, not on every request. Axes: U kinds, P rungs.
+    """
+    index = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    codes = np.array([index[kind] for kind in kinds])
+    present = np.cumsum(codes[:, None] == np.arange(len(index)), axis=0)[sizes - 1]  # (sizes, U)
+    floors, ceilings, weights = np.array(list(index)).T
+    later = [sum(max(value - price * time_s, 0.0) for time_s, value in hulls[kind]) for kind in index]
+    rungs = np.clip(np.array(view.ladder.frontier)[:, None], floors, ceilings).astype(np.int64)  # (levels, U)
+    gains = (np.array(view.ladder.values)[rungs] * weights - later) @ present.T
+    # The formula of `server.latency`, rung by rung: those at rung p fill the places after all that are costlier.
+    every = np.arange(len(view.ladder))
+    counts = present @ (rungs[:, :, None] == every)  # (levels, sizes, P)
+    until = np.cumsum(counts[..., ::-1], axis=-1)[..., ::-1]
+    table_s = view.latency.table_s
+    medians = (table_s[every, until] - table_s[every, until - counts]).sum(axis=-1)
+    return rungs[:, codes], gains, medians
