@@ -1,5 +1,8 @@
-"""The gateway: HTTP requests with images in, classifications out, at the operating point that each request asks for.
+"""The gateway: HTTP requests with images in, classifications out, in time and as accurate as the load allows.
 
-routes -> upload -> gateway (decode -> engine -> backend) -> answer
-          query -> policy (which operating point)
+    routes -> query (what a request allows) -> upload -> gateway (check -> decode -> engine) -> answer
+    engine <-> scheduler (admission, queue; a policy picks batch and operating points)
+    engine <-> backend
+
+Scheduler and policies do no I/O and have no clock: the simulator drives the same objects.
 """

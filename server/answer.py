@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from exporter.bundle import Manifest, Point
 from server.gateway import Served
-from server.policy import Decision, FixedPolicy
+from server.ladder import Ladder, Rung
+from server.policy_file import ActivePolicy
+from server.query import Ask
+from server.scheduler import Scheduler
 from server.schemas import (
+    BudgetBody,
     BudgetPoint,
     ExpertExplanation,
     Explanation,
@@ -17,18 +23,25 @@ from server.schemas import (
     Model,
     ModelPoint,
     OperatingPointBody,
+    PolicyBody,
     Prediction,
+    QueueState,
     Result,
     Times,
 )
 from vmoe.config import ModelConfig
 
 
-def describe_result(served: Served, manifest: Manifest, top: int) -> Result:
+def describe_result(served: Served, manifest: Manifest, ask: Ask) -> Result:
     inference = served.inference
     return Result(
-        predictions=_predictions(inference.logits, manifest.labels, top),
-        operating_point=None if served.decision is None else _operating_point(served.decision),
+        predictions=_predictions(inference.logits, manifest.labels, ask.top),
+        operating_point=_operating_point(inference.rung),
+        budget=ask.budget.name,
+        degraded=inference.degraded,
+        reason=inference.reason,
+        deadline_ms=_milliseconds(ask.deadline_s),
+        deadline_met=inference.deadline_met,
         kept=[round(float(share), 6) for share in inference.kept],
         times=Times(
             decode_ms=_milliseconds(served.decode_s),
@@ -64,7 +77,14 @@ def explain_tokens(token_experts: npt.NDArray[np.int64], architecture: ModelConf
     return Explanation(grid=(rows, columns), layers=layers)
 
 
-def describe_model(manifest: Manifest, policy: FixedPolicy) -> Model:
+def server_timing(results: Sequence[Result]) -> str:
+    """The header `Server-Timing`: stages of the slowest image."""
+    times = max((result.times for result in results), key=lambda times: times.total_ms)
+    stages = {"decode": times.decode_ms, "queue": times.queue_ms, "inference": times.inference_ms}
+    return ", ".join(f"{stage};dur={ms:g}" for stage, ms in (stages | {"total": times.total_ms}).items())
+
+
+def describe_model(manifest: Manifest, policy: ActivePolicy, ladder: Ladder) -> Model:
     moe, preprocessing = manifest.architecture.moe, manifest.preprocessing
     return Model(
         name=manifest.name,
@@ -75,15 +95,51 @@ def describe_model(manifest: Manifest, policy: FixedPolicy) -> Model:
         max_selected_experts=manifest.max_selected_experts,
         max_capacity_factor=None if moe is None else float(moe.num_experts),
         points=[_model_point(point) for point in manifest.points],
-        budgets={
-            budget: None
-            if decision is None
-            else BudgetPoint(
-                capacity_factor=decision.point.capacity_factor,
-                num_selected_experts=decision.point.num_selected_experts,
-            )
-            for budget, decision in policy.budgets.items()
-        },
+        budgets=_budgets(policy, ladder),
+    )
+
+
+def describe_policy(policy: ActivePolicy, scheduler: Scheduler, now: float) -> PolicyBody:
+    """Arguments:
+    now: on the scheduler's clock.
+    """
+    queue = scheduler.queue
+    return PolicyBody(
+        policy=policy.config.policy,
+        parameters=policy.parameters,
+        quantile=policy.config.quantile,
+        source=policy.source,
+        budgets=_budgets(policy, scheduler.ladder),
+        state=QueueState(
+            waiting_images=len(queue),
+            waiting_bytes=queue.size_bytes,
+            oldest_ms=_milliseconds(scheduler.oldest_age_s(now)),
+            running_batches=len(scheduler.running),
+            arrival_rate_hz=round(scheduler.arrival_rate_hz(now), 3),
+            latency_scale=round(scheduler.latency.scale, 4),
+        ),
+    )
+
+
+def _budgets(policy: ActivePolicy, ladder: Ladder) -> dict[str, BudgetBody]:
+    return {
+        name: BudgetBody(
+            floor=_budget_point(ladder.rungs[budget.floor]),
+            ceiling=_budget_point(ladder.rungs[budget.ceiling]),
+            deadline_ms=_milliseconds(budget.deadline_s),
+            weight=budget.weight,
+        )
+        for name, budget in policy.budgets.items()
+    }
+
+
+def _budget_point(rung: Rung) -> BudgetPoint | None:
+    if rung.point is None:
+        return None
+    return BudgetPoint(
+        capacity_factor=rung.point.capacity_factor,
+        num_selected_experts=rung.num_selected_experts,
+        accuracy=rung.accuracy,
     )
 
 
@@ -95,14 +151,15 @@ def _predictions(logits: npt.NDArray[np.float32], labels: tuple[str, ...], top: 
     return [Prediction(index=int(i), label=labels[i], probability=float(probabilities[i])) for i in best]
 
 
-def _operating_point(decision: Decision) -> OperatingPointBody:
-    measured = decision.measured
+def _operating_point(rung: Rung) -> OperatingPointBody | None:
+    if rung.point is None:
+        return None
     return OperatingPointBody(
-        capacity_factor=decision.point.capacity_factor,
-        num_selected_experts=decision.point.num_selected_experts,
-        slots=list(decision.slots),
-        accuracy=None if measured is None else measured.accuracy,
-        relative_compute=None if measured is None else measured.relative_compute,
+        capacity_factor=rung.point.capacity_factor,
+        num_selected_experts=rung.num_selected_experts,
+        slots=list(rung.slots),
+        accuracy=rung.accuracy,
+        relative_compute=None if rung.measured is None else rung.measured.relative_compute,
     )
 
 

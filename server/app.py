@@ -1,30 +1,54 @@
-"""Puts the parts together: settings, bundle and backend to an ASGI application."""
+"""Puts the parts together: settings, bundle and backend to a server that listens."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Final
 
+import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from exporter.bundle import Bundle
+from server.admin import build_admin_router
 from server.backends.base import Backend
 from server.error_handlers import install_error_handlers
 from server.gateway import Gateway
+from server.graceful_server import GracefulServer
 from server.metrics import Metrics
 from server.request_context import RequestContext
 from server.routes import build_router
 from server.settings import Settings
 from server.upload import UploadLimits
 
+# Once everything is answered, time for the last bytes to leave. Chosen, not tuned.
+_CLOSE_TIMEOUT_S: Final = 5
 
-def create_app(settings: Settings, bundle: Bundle, backend: Backend, registry: CollectorRegistry) -> FastAPI:
-    """The application; it warms up in the background once it runs, and drains when it stops."""
+
+def create_server(settings: Settings, bundle: Bundle, backend: Backend, registry: CollectorRegistry) -> GracefulServer:
+    """The server; it warms up in the background once it runs, and drains when it stops.
+
+    Raises:
+        BundleError, PolicyError: it must not listen.
+    """
     metrics = Metrics(registry, bundle.manifest.architecture.moe)
     gateway = Gateway(settings, bundle, backend, metrics)
+    config = uvicorn.Config(
+        _create_app(settings, gateway, metrics, registry),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,  # counting is the metrics' job
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
+    )
+    return GracefulServer(config, gateway, settings.shutdown_delay_s, settings.drain_timeout_s)
 
+
+def _create_app(settings: Settings, gateway: Gateway, metrics: Metrics, registry: CollectorRegistry) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         warm_up = asyncio.create_task(gateway.start(), name="warm-up")
@@ -32,16 +56,18 @@ def create_app(settings: Settings, bundle: Bundle, backend: Backend, registry: C
             yield
         finally:
             await warm_up  # a runtime cannot be interrupted in the middle of a batch
-            await gateway.close(settings.drain_timeout_s)
+            await gateway.close()
 
     app = FastAPI(
         title="V-MoE serving",
         summary="Image classification with the amount of compute chosen per request.",
-        version=bundle.manifest.version,
+        version=gateway.bundle.manifest.version,
         lifespan=lifespan,
     )
     app.add_middleware(RequestContext, metrics=metrics)
     install_error_handlers(app)
     limits = UploadLimits(settings.max_image_bytes, settings.max_body_bytes, settings.max_images_per_request)
     app.include_router(build_router(gateway, limits, settings.request_timeout_s, registry))
+    if settings.admin_key.get_secret_value():
+        app.include_router(build_admin_router(gateway, settings.admin_key))
     return app

@@ -8,22 +8,23 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
-import uvicorn
 from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
 from exporter.bundle import Bundle, BundleError
-from server.app import create_app
+from server.app import create_server
 from server.backends.ort import OrtBackend
+from server.policy_file import PolicyError
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Serves until SIGINT or SIGTERM. Exits with 2 on a bad setting, with 1 on a bundle that must not be served."""
+    """Serves until SIGINT or SIGTERM. Exits with 2 on a bad setting, with 1 on a bad bundle or policy."""
     try:
         settings = CliApp.run(Settings, cli_args=None if arguments is None else list(arguments))
     except ValidationError as error:
@@ -32,20 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         bundle = Bundle.load(settings.model_repository / settings.model)
         backend = OrtBackend(bundle, settings.threads)
-        app = create_app(settings, bundle, backend, CollectorRegistry())
-    except BundleError as error:
+        server = create_server(settings, bundle, backend, CollectorRegistry())
+    except (BundleError, PolicyError) as error:
         logger.error("%s", error)
         sys.exit(1)
-    uvicorn.run(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,  # counting is the metrics' job
-        server_header=False,
-        ws="none",
-        timeout_graceful_shutdown=settings.drain_timeout_s,
-    )
+    with suppress(KeyboardInterrupt):  # raised again by uvicorn, once all is closed
+        server.run()
+    if not server.started:
+        sys.exit(1)  # the address is taken; uvicorn has said so
 
 
 def _report(error: ValidationError) -> int:

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.errors import GatewayError, InvalidParameter
+from server.errors import GatewayError, InvalidParameter, Unauthorized
 from server.problems import build_problem, describe_error, respond
 from server.query import ClassifyQuery
 from server.request_context import request_id_of
@@ -31,13 +31,18 @@ async def _handle(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         error = InvalidParameter("; ".join(_explain(item) for item in error.errors()))
     if isinstance(error, GatewayError):
-        headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-        return respond(describe_error(error, request_id), headers)
+        return respond(describe_error(error, request_id), _headers(error))
     assert isinstance(error, HTTPException), "registered for these three only"
     status = HTTPStatus(error.status_code)
     detail = f"{request.method} {request.url.path}: {error.detail}"
     problem = build_problem(status, status.name.lower(), status.phrase, detail, request_id)
     return respond(problem, error.headers)
+
+
+def _headers(error: GatewayError) -> dict[str, str]:
+    if isinstance(error, Unauthorized):
+        return {"WWW-Authenticate": "Bearer"}
+    return {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
 
 
 def _explain(item: Mapping[str, Any]) -> str:

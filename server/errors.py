@@ -11,11 +11,15 @@
     ├── NoImage                       400 no_image
     ├── UploadTimeout                 408 upload_timeout
     ├── BodyTooLarge                  413 body_too_large
+    ├── Unauthorized                  401 unauthorized
     ├── InvalidParameter              422 invalid_parameter
+    ├── InvalidPolicy                 422 invalid_policy
     ├── ClientGone                    499 client_gone (nobody reads it; it counts in the metrics)
     ├── InferenceFailed               500 inference_failed
     ├── Unavailable                   503, with Retry-After
     │   ├── NotReady                  503 not_ready
+    │   ├── Overloaded                503 overloaded
+    │   ├── OverShare                 503 over_share
     │   ├── QueueFull                 503 queue_full
     │   └── ShuttingDown              503 shutting_down
     └── DeadlineExceeded              504 deadline_exceeded
@@ -25,6 +29,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 
@@ -41,7 +46,7 @@ class GatewayError(Exception):
     status: ClassVar[int]
     code: ClassVar[str]
     title: ClassVar[str]
-    retry_after_s: ClassVar[int | None] = None
+    retry_after_s: int | None = None
 
 
 class ImageError(GatewayError):
@@ -84,8 +89,16 @@ class BodyTooLarge(GatewayError):
     status, code, title = 413, "body_too_large", "Request body has too many bytes"
 
 
+class Unauthorized(GatewayError):
+    status, code, title = 401, "unauthorized", "Unauthorized"
+
+
 class InvalidParameter(GatewayError):
     status, code, title = 422, "invalid_parameter", "Invalid parameter"
+
+
+class InvalidPolicy(GatewayError):
+    status, code, title = 422, "invalid_policy", "Invalid policy"
 
 
 class ClientGone(GatewayError):
@@ -97,13 +110,30 @@ class InferenceFailed(GatewayError):
 
 
 class Unavailable(GatewayError):
-    """The gateway cannot take this request now. One second is chosen, not tuned: many batches fit into it."""
+    """The gateway cannot take this request now.
 
-    retry_after_s = 1
+    Arguments:
+        retry_after_s: when there will be room. The header counts whole seconds, so that one second is the least; it is
+            also the default (chosen, not tuned: many batches fit into it).
+    """
+
+    retry_after_s: int = 1
+
+    def __init__(self, detail: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(detail)
+        self.retry_after_s = max(1, math.ceil(retry_after_s))
 
 
 class NotReady(Unavailable):
     status, code, title = 503, "not_ready", "Not ready"
+
+
+class Overloaded(Unavailable):
+    status, code, title = 503, "overloaded", "Overloaded: the deadline cannot be met"
+
+
+class OverShare(Unavailable):
+    status, code, title = 503, "over_share", "Overloaded: the budget has used up its share"
 
 
 class QueueFull(Unavailable):

@@ -1,37 +1,48 @@
-"""From uploads to results: decode, queue, infer, with limits and life-cycle. Knows nothing of HTTP."""
+"""From uploads to results: decode, schedule, infer, with limits, policy and life-cycle. Knows nothing of HTTP."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from statistics import median
+from typing import Final, Literal
 
 import numpy as np
 
-from exporter.bundle import Bundle, BundleError, frontier
+from exporter.bundle import Bundle, BundleError
 from server.admission import Admission
 from server.backends.base import Backend, Batch
+from server.deadline_queue import Request
 from server.decode import DecodeLimits, Decoder, Upload
 from server.engine import Engine
 from server.errors import DeadlineExceeded, ImageError, NotReady, ShuttingDown
+from server.ladder import Ladder
+from server.latency import LatencyModel
 from server.metrics import Metrics
-from server.policy import Decision, FixedPolicy
+from server.policy_file import ActivePolicy
+from server.policy_source import PolicySource
 from server.query import Ask
-from server.queue import BatchQueue, Inference, Work
+from server.scheduler import Limits, Scheduler
 from server.settings import Settings
+from server.work import Inference, Work
 
 logger = logging.getLogger(__name__)
 
-State = Literal["starting", "ready", "draining", "failed"]
+# starting -> ready -> leaving (still serves, for load balancers to notice) -> draining (finishes what is inside)
+State = Literal["starting", "ready", "leaving", "draining", "failed"]
+
+# Chosen, not tuned: the first run of each size allocates memory and counts for nothing, two show an unlike machine.
+_WARM_UP_RUNS: Final = 3
+_CLOCK_S: Final = 1e-6  # no measured time is shorter; a latency model needs one above 0
 
 
 @dataclass(frozen=True)
 class Served:
-    """An answered image: where it was processed, what came out, and how long it took."""
+    """An answered image: what came out, and how long it took."""
 
-    decision: Decision | None
     inference: Inference
     decode_s: float
     total_s: float
@@ -42,12 +53,15 @@ class Gateway:
 
     Attributes:
         bundle: what is served.
-        policy: chooses operating points.
+        ladder: its operating points.
+        policy: in force; `reload_policy` replaces it.
+        scheduler: to be read, not to be called.
         admission: bounds what is inside.
-        state: only `ready` admits requests.
+        state: `ready` and `leaving` admit requests.
 
     Raises:
         BundleError: the model's answers would depend on batch mates.
+        PolicyError: the policy cannot be used.
     """
 
     def __init__(self, settings: Settings, bundle: Bundle, backend: Backend, metrics: Metrics) -> None:
@@ -60,17 +74,33 @@ class Gateway:
                 "export with --group-images 1"
             )
         self.bundle = bundle
-        self.policy = FixedPolicy(manifest)
-        self.admission = Admission(settings.max_queue_images, settings.max_queue_bytes)
+        self.ladder = Ladder.of(manifest)
+        self._policies = PolicySource(settings.policy, bundle, self.ladder, settings.request_timeout_s)
+        self._reloading = asyncio.Lock()
+        self.policy: ActivePolicy = self._policies.load()
+        self.admission = Admission(settings.max_queue_images, settings.max_queue_bytes, metrics)
         self.state: State = "starting"
         self._backend, self._metrics = backend, metrics
+        self._request_timeout_s = settings.request_timeout_s
         self._max_batch_size = min(settings.max_batch_size, manifest.max_batch_size)
+        self._image_shape = (*manifest.preprocessing.image_size, manifest.preprocessing.channels)
+        self._image_bytes = math.prod(self._image_shape)
+        quantile = self.policy.config.quantile
+        profiled = LatencyModel.of(manifest.points, self._max_batch_size, quantile)
+        self._profiled = profiled is not None
+        self.scheduler = Scheduler(
+            self.ladder,
+            profiled or self._guess_latency(1.0, 1.0),  # nobody is admitted before the warm-up has measured
+            self.policy.build(),
+            Limits(self._max_batch_size, backend.num_workers, settings.max_queue_images, settings.max_queue_bytes),
+            horizon_s=min(budget.deadline_s for budget in self.policy.budgets.values()),
+        )
         self._decoder = Decoder(
             manifest.preprocessing,
             DecodeLimits(settings.max_image_bytes, settings.max_image_pixels),
             settings.decode_threads,
         )
-        self._engine = Engine(backend, BatchQueue(self._max_batch_size, settings.max_wait_s), metrics)
+        self._engine = Engine(backend, self.scheduler, metrics)
 
     async def start(self) -> None:
         """Warms the backend up, then admits requests. A failure leaves the gateway unready, for readiness to tell."""
@@ -83,47 +113,100 @@ class Gateway:
         if self.state == "starting":
             self._engine.start()
             self.state = "ready"
-            logger.info("ready: model %s, batches of up to %d", self.bundle.manifest.name, self._max_batch_size)
+            logger.info(
+                "ready: model %s, batches of up to %d, policy %s from %s",
+                self.bundle.manifest.name,
+                self._max_batch_size,
+                self.policy.config.policy,
+                self.policy.source,
+            )
 
-    async def close(self, drain_timeout_s: float) -> None:
-        """Admits nothing more, finishes what is inside within the limit, then frees the threads."""
+    async def reload_policy(self) -> None:
+        """Reads the policy again and puts it in force between two decisions. What is admitted keeps its deadline.
+
+        Raises:
+            PolicyError: it cannot be used; the old one stays.
+        """
+        async with self._reloading:  # of two reloads at once the later one must win
+            active = await asyncio.to_thread(self._policies.reload)
+            self.policy = active
+            self.scheduler.use(active.build())
+            self.scheduler.latency.aim_at(active.config.quantile)
+        logger.info("policy %s from %s is in force", active.config.policy, active.source)
+
+    async def drain(self, delay_s: float, timeout_s: float) -> None:
+        """Unready at once; after `delay_s` admits nothing more, and finishes what is inside within `timeout_s`."""
+        if self.state == "ready":
+            self.state = "leaving"
+            await asyncio.sleep(delay_s)
         self.state = "draining"
-        logger.info("draining: %d images are waiting", self.admission.images)
-        await self._engine.close(drain_timeout_s)
+        logger.info("draining: %d images are inside", self.admission.images)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.admission.wait_empty()
+        except TimeoutError:
+            logger.warning("%d images were still inside after %g s and are refused", self.admission.images, timeout_s)
+        await self._engine.close()
+
+    async def close(self) -> None:
+        """Fails what is still inside and frees the threads."""
+        self.state = "draining"
+        await self._engine.close()
         self._decoder.close()
         self._backend.close()
         logger.info("stopped")
 
+    def check_ready(self) -> None:
+        """Raises `NotReady` or `ShuttingDown` where a load balancer should send nothing more."""
+        if self.state == "leaving":
+            raise ShuttingDown("the gateway is about to shut down")
+        self.check_admits()
+
     def check_admits(self) -> None:
-        """Raises `NotReady` or `ShuttingDown` unless the gateway is ready."""
+        """Raises `NotReady` or `ShuttingDown` unless the gateway serves."""
         if self.state == "draining":
             raise ShuttingDown("the gateway is shutting down")
-        if self.state != "ready":
+        if self.state not in ("ready", "leaving"):
             raise NotReady(f"the gateway is not ready: {self.state}")
 
-    async def classify(
-        self, uploads: Sequence[Upload], ask: Ask, arrival_s: float, deadline_s: float
-    ) -> list[Served | ImageError]:
+    async def classify(self, uploads: Sequence[Upload], ask: Ask, arrival_s: float) -> list[Served | ImageError]:
         """One result per image, in order; a bad image does not keep the others from being answered.
 
-        Times are on the event loop's clock.
+        Arguments:
+            arrival_s: of the headers, on the event loop's clock. The deadline runs from now, the end of the upload: a
+                client must not be refused for the slowness of its own network.
 
         Raises:
             GatewayError: the request as a whole failed.
         """
-        tasks = [asyncio.create_task(self._classify_one(upload, ask, arrival_s)) for upload in uploads]
+        uploaded_s = asyncio.get_running_loop().time()
+        tasks: list[asyncio.Task[Served | ImageError]] = []
         try:
-            async with asyncio.timeout_at(deadline_s):
+            async with asyncio.timeout_at(uploaded_s + self._request_timeout_s):
+                if len(uploads) == 1:  # the common case needs no task
+                    return [await self._classify_one(uploads[0], ask, arrival_s, uploaded_s)]
+                for upload in uploads:
+                    tasks.append(asyncio.create_task(self._classify_one(upload, ask, arrival_s, uploaded_s)))
                 return await asyncio.gather(*tasks)
         except TimeoutError as error:
-            raise DeadlineExceeded(f"no answer within {deadline_s - arrival_s:g} s") from error
+            raise DeadlineExceeded(f"no answer within {self._request_timeout_s:g} s") from error
         finally:
             # The first failure ends the request; its other images must not go on in the background.
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _classify_one(self, upload: Upload, ask: Ask, arrival_s: float) -> Served | ImageError:
+    async def _classify_one(self, upload: Upload, ask: Ask, arrival_s: float, uploaded_s: float) -> Served | ImageError:
+        request = Request(
+            arrival_s=uploaded_s,
+            deadline_s=uploaded_s + ask.deadline_s,
+            budget=ask.budget,
+            floor=ask.floor,
+            ceiling=ask.ceiling,
+            size_bytes=self._image_bytes,
+            pinned=ask.pinned is not None,
+        )
+        self._engine.check(request)
         now = asyncio.get_running_loop().time
         started_s = now()
         try:
@@ -132,28 +215,41 @@ class Gateway:
             self._metrics.image_refused(error.code)
             return error
         decode_s = now() - started_s
-        decision = ask.decision
-        slots, num_selected_experts = (
-            ((), 0) if decision is None else (decision.slots, decision.point.num_selected_experts)
-        )
-        inference = await self._engine.infer(Work(image, slots, num_selected_experts, ask.explain))
-        served = Served(decision, inference, decode_s, now() - arrival_s)
-        self._metrics.image_served(decision, inference, decode_s, served.total_s)
+        inference = await self._engine.infer(request, Work(image, ask.explain, ask.pinned))
+        served = Served(inference, decode_s, now() - arrival_s)
+        self._metrics.stages_done(inference, decode_s, served.total_s)
         return served
 
     async def _warm_up(self) -> None:
-        """The first run of each size allocates memory: the cheapest and the full point, alone and in a full batch."""
-        manifest = self.bundle.manifest
-        shape = (*manifest.preprocessing.image_size, manifest.preprocessing.channels)
-        points = frontier(manifest.points)
-        ends = [(point.slots, point.num_selected_experts) for point in (*points[:1], *points[-1:])] or [((), 0)]
-        for slots, num_selected_experts in ends:
-            for size in (1, self._max_batch_size):
-                await self._backend.infer(
-                    Batch(
-                        images=np.zeros((size, *shape), np.uint8),
-                        slots=np.tile(np.array(slots, np.int64), (size, 1)),
-                        num_selected_experts=np.full((size, 1), num_selected_experts, np.int64),
-                        explain=True,
-                    )
-                )
+        """Runs the cheapest and the full point, alone and in a full batch, and shows the times to the latency model."""
+        ladder, latency = self.ladder, self.scheduler.latency
+        sizes = (1, self._max_batch_size)
+        full_s = []
+        for rung in dict.fromkeys((ladder.frontier[0], ladder.full)):
+            for size in sizes:
+                times_s = [await self._time_batch(rung, size) for _ in range(_WARM_UP_RUNS)][1:]
+                if self._profiled:
+                    for seconds in times_s:
+                        latency.observe([rung] * size, seconds)
+                full_s.append(median(times_s))
+        if not self._profiled:
+            self.scheduler.latency = self._guess_latency(*full_s[-2:])
+
+    async def _time_batch(self, rung: int, size: int) -> float:
+        point = self.ladder.rungs[rung]
+        batch = Batch(
+            images=np.zeros((size, *self._image_shape), np.uint8),
+            slots=np.tile(np.array(point.slots, np.int64), (size, 1)),
+            num_selected_experts=np.full((size, 1), point.num_selected_experts, np.int64),
+            explain=False,
+        )
+        now = asyncio.get_running_loop().time
+        started_s = now()
+        await self._backend.infer(batch)
+        return now() - started_s
+
+    def _guess_latency(self, single_s: float, full_batch_s: float) -> LatencyModel:
+        """From the full point alone and in a full batch."""
+        costs = [1.0 if rung.measured is None else rung.measured.relative_compute for rung in self.ladder.rungs]
+        single_s, full_batch_s = max(single_s, _CLOCK_S), max(full_batch_s, _CLOCK_S)
+        return LatencyModel.guess(costs, single_s, full_batch_s, self._max_batch_size, self.policy.config.quantile)

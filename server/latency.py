@@ -116,6 +116,13 @@ class LatencyModel:
         """This machine's time over the profile's, as of now."""
         return math.exp(self._scale)
 
+    def aim_at(self, quantile: float) -> None:
+        """Changes the quantile; what was learned about the spread is kept."""
+        normal = NormalDist()
+        self._z = min(max(self._z + normal.inv_cdf(quantile) - normal.inv_cdf(self.quantile), 0.0), _MAX_Z)
+        self.quantile = quantile
+        self._rebuild()
+
     def uniform_s(self, rung: int, size: int, *, high: bool = False) -> float:
         """A batch of `size` images at one rung: the median, or the q-quantile."""
         median = self.median_s[rung][size]

@@ -1,15 +1,20 @@
-"""Every Prometheus series of the gateway. Labels come from small fixed sets: points of clients are `custom`."""
+"""Every Prometheus series of the gateway; docs/metrics.md explains them.
+
+Labels come from small fixed sets: the points of the manifest, the budgets of policy.toml, and `custom` for points of
+clients.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from server.backends.base import Outputs
-from server.policy import Decision
-from server.queue import Inference
+from server.scheduler import Batch, Scheduler, ShedReason
+from server.work import Inference
 from vmoe.config import MoeConfig
 
 # Up to the default request timeout of 10 s; fine around the few milliseconds that a small model takes.
@@ -18,11 +23,27 @@ _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _CAPACITY_FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.05, 1.5, 2.0, 4.0)
 _SELECTED_EXPERTS = (1, 2, 3, 4, 6, 8)
 _SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+_RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
+# A decision should take less than 200 microseconds.
+_DECISION_SECONDS = (10e-6, 25e-6, 50e-6, 100e-6, 200e-6, 400e-6, 0.001, 0.0025, 0.005, 0.01, 0.05)
 
 INVALID = "invalid"  # label `budget` of a request whose parameters were refused
 CUSTOM = "custom"  # label `budget` of a request with its own point, label `operating_point` of an unmeasured one
 DENSE = "dense"  # label `operating_point` of a model without experts
 STAGES = ("decode", "queue", "inference", "total")
+
+
+@dataclass(frozen=True)
+class _BudgetSeries:
+    """The series of one budget, looked up once: a label lookup costs about as much as the count itself."""
+
+    offered: Counter
+    admitted: Counter
+    cancelled: Counter
+    met: Counter
+    missed: Counter
+    degraded: Counter
+    effective_accuracy: Counter
 
 
 class Metrics:
@@ -45,7 +66,37 @@ class Metrics:
         )
         self._batch_size = Histogram("vmoe_batch_size", "Images per batch.", buckets=_BATCH_SIZES, registry=registry)
         self._served = Counter(
-            "vmoe_served_images", "Images answered, by operating point.", ("operating_point",), registry=registry
+            "vmoe_served_images", "Images answered.", ("operating_point", "budget"), registry=registry
+        )
+        self._registry = registry
+        self._budgets: dict[str, _BudgetSeries] = {}
+        by_budget = ("budget",)
+        self._offered = Counter("vmoe_offered_images", "Images admitted or shed.", by_budget, registry=registry)
+        self._admitted = Counter("vmoe_admitted_images", "Images admitted.", by_budget, registry=registry)
+        self._shed = Counter("vmoe_shed_images", "Images refused for load.", ("budget", "reason"), registry=registry)
+        self._cancelled = Counter(
+            "vmoe_cancelled_images", "Images given up before their deadline.", by_budget, registry=registry
+        )
+        self._deadlines = Counter(
+            "vmoe_deadline_images", "Admitted images by deadline.", ("budget", "outcome"), registry=registry
+        )
+        self._degraded = Counter(
+            "vmoe_degraded_images", "Images answered below their ceiling.", by_budget, registry=registry
+        )
+        self._effective_accuracy = Counter(
+            "vmoe_effective_accuracy", "Sum of the accuracy of answers in time.", by_budget, registry=registry
+        )
+        self._batch_seconds = Histogram(
+            "vmoe_batch_seconds", "Time of a batch, measured.", buckets=_SECONDS, registry=registry
+        )
+        self._predicted_seconds = Histogram(
+            "vmoe_batch_predicted_seconds", "Time of a batch, predicted median.", buckets=_SECONDS, registry=registry
+        )
+        self._latency_ratio = Histogram(
+            "vmoe_batch_latency_ratio", "Measured over predicted time of a batch.", buckets=_RATIOS, registry=registry
+        )
+        self._decision_seconds = Histogram(
+            "vmoe_decision_seconds", "Time to choose a batch.", buckets=_DECISION_SECONDS, registry=registry
         )
         self._capacity_factor = Histogram(
             "vmoe_capacity_factor", "Capacity factor of images answered.", buckets=_CAPACITY_FACTORS, registry=registry
@@ -60,7 +111,6 @@ class Metrics:
             "vmoe_kept_ratio", "Share of assignments processed.", ("layer",), buckets=_SHARES, registry=registry
         )
         tokens = Counter("vmoe_expert_tokens", "Tokens processed by an expert.", ("layer", "expert"), registry=registry)
-        # Looked up once, not per image: a label lookup costs about as much as the count itself.
         self._stage_seconds = [stage_seconds.labels(stage) for stage in STAGES]
         layers, num_experts = ((), 0) if moe is None else (moe.layers, moe.num_experts)
         self._kept = [kept.labels(str(layer)) for layer in layers]
@@ -78,22 +128,79 @@ class Metrics:
     def image_refused(self, code: str) -> None:
         self._image_errors.labels(code).inc()
 
-    def batch_done(self, outputs: Outputs) -> None:
+    def watch(self, scheduler: Scheduler, now: Callable[[], float]) -> None:
+        """Adds gauges that are read from the scheduler at each scrape, in the thread of the event loop."""
+        for name, text, value in (
+            ("vmoe_queue_images", "Images that wait.", lambda: len(scheduler.queue)),
+            ("vmoe_queue_bytes", "Bytes that they hold.", lambda: scheduler.queue.size_bytes),
+            ("vmoe_queue_oldest_seconds", "Age of the oldest.", lambda: scheduler.oldest_age_s(now())),
+            ("vmoe_running_batches", "Batches in the backend.", lambda: len(scheduler.running)),
+            ("vmoe_arrival_rate_hertz", "Images offered lately.", lambda: scheduler.arrival_rate_hz(now())),
+            ("vmoe_latency_scale_ratio", "This machine's time over the profile's.", lambda: scheduler.latency.scale),
+        ):
+            Gauge(name, text, registry=self._registry).set_function(value)
+
+    def admitted(self, budget: str) -> None:
+        series = self._of(budget)
+        series.offered.inc()
+        series.admitted.inc()
+
+    def shed(self, budget: str, reason: ShedReason) -> None:
+        self._of(budget).offered.inc()
+        self._shed.labels(budget, reason).inc()
+
+    def cancelled(self, budget: str) -> None:
+        self._of(budget).cancelled.inc()
+
+    def deadline_missed(self, budget: str) -> None:
+        """Of an image without an answer; `answered` counts the others."""
+        self._of(budget).missed.inc()
+
+    def decided(self, batch: Batch, seconds: float) -> None:
+        self._decision_seconds.observe(seconds)
+        self._predicted_seconds.observe(batch.median_s)
+
+    def batch_done(self, batch: Batch, outputs: Outputs, seconds: float) -> None:
+        self._batch_seconds.observe(seconds)
+        self._latency_ratio.observe(seconds / batch.median_s)
         self._batch_size.observe(len(outputs.logits))
         for counters, loads in zip(self._expert_tokens, outputs.expert_load.sum(axis=0), strict=True):
             for counter, load in zip(counters, loads, strict=True):
                 counter.inc(int(load))
 
-    def image_served(self, decision: Decision | None, inference: Inference, decode_s: float, total_s: float) -> None:
+    def answered(self, budget: str, inference: Inference) -> None:
+        series, rung = self._of(budget), inference.rung
+        if inference.deadline_met:
+            series.met.inc()
+            series.effective_accuracy.inc(rung.value)
+        else:
+            series.missed.inc()
+        if inference.degraded:
+            series.degraded.inc()
+        if rung.point is None:
+            self._served.labels(DENSE, budget).inc()
+            return
+        self._served.labels(CUSTOM if rung.measured is None else str(rung.measured.operating_point), budget).inc()
+        self._capacity_factor.observe(rung.point.capacity_factor)
+        self._num_selected_experts.observe(rung.num_selected_experts)
+        for kept, share in zip(self._kept, inference.kept, strict=True):
+            kept.observe(float(share))
+
+    def stages_done(self, inference: Inference, decode_s: float, total_s: float) -> None:
         times = (decode_s, inference.queue_s, inference.inference_s, total_s)
         for series, seconds in zip(self._stage_seconds, times, strict=True):
             series.observe(seconds)
-        if decision is None:
-            self._served.labels(DENSE).inc()
-            return
-        measured = decision.measured
-        self._served.labels(CUSTOM if measured is None else str(measured.operating_point)).inc()
-        self._capacity_factor.observe(decision.point.capacity_factor)
-        self._num_selected_experts.observe(decision.point.num_selected_experts)
-        for kept, share in zip(self._kept, inference.kept, strict=True):
-            kept.observe(float(share))
+
+    def _of(self, budget: str) -> _BudgetSeries:
+        """Budgets are known by their first image: a reload may add some."""
+        if (series := self._budgets.get(budget)) is None:
+            series = self._budgets[budget] = _BudgetSeries(
+                offered=self._offered.labels(budget),
+                admitted=self._admitted.labels(budget),
+                cancelled=self._cancelled.labels(budget),
+                met=self._deadlines.labels(budget, "met"),
+                missed=self._deadlines.labels(budget, "missed"),
+                degraded=self._degraded.labels(budget),
+                effective_accuracy=self._effective_accuracy.labels(budget),
+            )
+        return series

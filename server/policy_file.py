@@ -43,6 +43,7 @@ PolicyName = Literal["foresight", "fixed", "queue-depth", "aimd", "slackfit", "p
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 _MAX_BUDGETS = 16  # each is a label of several metrics
 _BUDGET_NAME = r"^[a-z][a-z0-9_-]{0,31}$"
+_RESERVED = ("custom", "invalid")  # labels of requests without a budget, see `server.metrics`
 
 
 class PolicyError(ValueError):
@@ -88,6 +89,12 @@ class ActivePolicy:
     config: PolicyConfig
     budgets: Mapping[str, Budget]
     source: str
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """Of the policy in force."""
+        table: BaseModel | None = getattr(self.config, self.config.policy.replace("-", "_"), None)
+        return {} if table is None else table.model_dump()
 
     def build(self) -> Policy:
         """A new policy object: what it remembers starts empty."""
@@ -142,6 +149,8 @@ def parse_policy(text: str, manifest: Manifest, ladder: Ladder, source: str) -> 
     budgets = dict(default_budgets(manifest, ladder))
     for name, table in config.budgets.items():
         try:
+            if name in _RESERVED:
+                raise ValueError(f"budget name {name!r} is reserved, choose another one")
             budgets[name] = _budget(name, table, budgets.get(name, budgets["auto"]), ladder)
             check_budgets(budgets)
         except ValueError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query
@@ -14,13 +14,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server import errors
-from server.answer import describe_model, describe_result
+from server.answer import describe_model, describe_policy, describe_result, server_timing
 from server.decode import MEDIA_TYPES
 from server.gateway import Gateway
 from server.problems import describe_error, problem_responses
 from server.query import ClassifyQuery, interpret
 from server.request_context import CLASSIFY_PATH, request_id_of, set_budget
-from server.schemas import Classification, Classifications, Health, ImageFailure, Models
+from server.schemas import Classification, Classifications, Health, ImageFailure, Models, PolicyBody, Result
 from server.upload import FIELD, UploadLimits, read_uploads
 
 _T = TypeVar("_T")
@@ -54,6 +54,8 @@ _CLASSIFY_ERRORS = (
     errors.InvalidParameter,
     errors.InferenceFailed,
     errors.NotReady,
+    errors.Overloaded,
+    errors.OverShare,
     errors.QueueFull,
     errors.ShuttingDown,
     errors.DeadlineExceeded,
@@ -78,38 +80,41 @@ def build_router(
         """Send a file as the body, with its media type, or one or several in the multipart field `image`.
 
         One image is answered with a `Classification`, several with `Classifications`, where a bad image has a problem
-        in its place. `budget` names an operating point of the model (see `/v1/models`); `capacity_factor` with
-        `num_selected_experts` sets one by hand.
+        in its place. `budget` says between which operating points an image may be served, and how soon (see
+        `/v1/policy`); `capacity_factor` with `num_selected_experts` sets one point by hand. The deadline runs from the
+        end of the upload. An image that cannot meet it is refused at once, with `Retry-After`; one that turns out late
+        is answered all the same, with `deadline_met` false.
         """
         loop = asyncio.get_running_loop()
         arrival_s = loop.time()
-        deadline_s = arrival_s + request_timeout_s
-        ask = interpret(query, gateway.policy, len(manifest.labels))
-        set_budget(request.scope, ask.budget)
+        ask = interpret(query, gateway.policy, manifest, gateway.ladder, request_timeout_s)
+        set_budget(request.scope, ask.budget.name)
         gateway.check_admits()
-        with gateway.admission.permit() as permit:
+        with gateway.admission.permit(ask.budget.name) as permit:
             try:
-                async with asyncio.timeout_at(deadline_s):
+                async with asyncio.timeout_at(arrival_s + request_timeout_s):
                     uploads = await read_uploads(request, limits, permit)
             except TimeoutError as error:
                 raise errors.UploadTimeout(f"the body did not arrive within {request_timeout_s:g} s") from error
-            outcomes = await _while_connected(request, gateway.classify(uploads, ask, arrival_s, deadline_s))
+            outcomes = await _while_connected(request, gateway.classify(uploads, ask, arrival_s))
         request_id = request_id_of(request.scope)
         if len(outcomes) == 1:
             if isinstance(outcomes[0], errors.ImageError):
                 raise outcomes[0]
-            result = describe_result(outcomes[0], manifest, ask.top)
+            result = describe_result(outcomes[0], manifest, ask)
             return _json(
-                Classification(request_id=request_id, model=manifest.name, version=manifest.version, **dict(result))
+                Classification(request_id=request_id, model=manifest.name, version=manifest.version, **dict(result)),
+                [result],
             )
-        results = [
+        results: list[Result | ImageFailure] = [
             ImageFailure(error=describe_error(outcome, request_id))
             if isinstance(outcome, errors.ImageError)
-            else describe_result(outcome, manifest, ask.top)
+            else describe_result(outcome, manifest, ask)
             for outcome in outcomes
         ]
         return _json(
-            Classifications(request_id=request_id, model=manifest.name, version=manifest.version, results=results)
+            Classifications(request_id=request_id, model=manifest.name, version=manifest.version, results=results),
+            [result for result in results if isinstance(result, Result)],
         )
 
     @router.get("/healthz", summary="The process lives")
@@ -122,12 +127,16 @@ def build_router(
         summary="The model is warm and requests are admitted",
     )
     async def readyz() -> Health:
-        gateway.check_admits()
+        gateway.check_ready()
         return Health(status=gateway.state)
 
     @router.get("/v1/models", summary="The model, its operating points and budgets")
     async def models() -> Models:
-        return Models(models=[describe_model(manifest, gateway.policy)])
+        return Models(models=[describe_model(manifest, gateway.policy, gateway.ladder)])
+
+    @router.get("/v1/policy", summary="The policy in force, its budgets, and the state of the queue")
+    async def policy() -> PolicyBody:
+        return describe_policy(gateway.policy, gateway.scheduler, asyncio.get_running_loop().time())
 
     @router.get("/metrics", response_class=Response, summary="Prometheus metrics")
     async def metrics() -> Response:
@@ -136,9 +145,10 @@ def build_router(
     return router
 
 
-def _json(body: BaseModel) -> Response:
+def _json(body: BaseModel, results: Sequence[Result]) -> Response:
     """Skips FastAPI's second validation of a body that we have just built."""
-    return Response(body.model_dump_json(), media_type="application/json")
+    headers = {"Server-Timing": server_timing(results)} if results else None
+    return Response(body.model_dump_json(), headers=headers, media_type="application/json")
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

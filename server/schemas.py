@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -42,7 +44,7 @@ class Times(_Body):
     """Stage times in milliseconds."""
 
     decode_ms: float = Field(description="waiting for a decoder and decoding")
-    queue_ms: float = Field(description="waiting for batch mates and for the model")
+    queue_ms: float = Field(description="waiting for the model")
     inference_ms: float = Field(description="the whole batch in the model")
     total_ms: float = Field(description="from the request's headers to this result, upload included")
 
@@ -76,6 +78,14 @@ class Result(_Body):
 
     predictions: list[Prediction] = Field(description="most probable first")
     operating_point: OperatingPointBody | None = Field(description="null for a dense model")
+    budget: str = Field(description="the budget under which it counted; `custom` for a point of the client's own")
+    degraded: bool = Field(description="served below the best point that the request allowed")
+    reason: Literal["ceiling", "slack", "load", "pinned"] = Field(
+        description="`ceiling`: served at the best point allowed; `slack`: the deadline left no time for it; `load`: "
+        "others needed the time; `pinned`: the client chose the point"
+    )
+    deadline_ms: float = Field(description="when the answer was due, from the end of the upload")
+    deadline_met: bool = Field(description="the model was done by then")
     kept: list[float] = Field(description="share of the token-to-expert assignments processed, for each MoE layer")
     times: Times
     explanation: Explanation | None = Field(default=None, description="only with explain=true")
@@ -123,6 +133,16 @@ class ModelPoint(OperatingPointBody):
 class BudgetPoint(_Body):
     capacity_factor: float
     num_selected_experts: int
+    accuracy: float | None = Field(description="measured top-1 accuracy; null where nothing was measured")
+
+
+class BudgetBody(_Body):
+    """A class of requests."""
+
+    floor: BudgetPoint | None = Field(description="cheapest point it may be degraded to; null for a dense model")
+    ceiling: BudgetPoint | None = Field(description="best point it may use; null for a dense model")
+    deadline_ms: float = Field(description="default of `deadline_ms`, from the end of the upload")
+    weight: float = Field(description="share of the machine under contention, relative to the other budgets")
 
 
 class Model(_Body):
@@ -136,8 +156,30 @@ class Model(_Body):
     max_selected_experts: int = Field(description="largest num_selected_experts; 0 for a dense model")
     max_capacity_factor: float | None = Field(description="largest capacity_factor at K = 1; divide by K for others")
     points: list[ModelPoint] = Field(description="from the cheapest to the full one; empty for a dense model")
-    budgets: dict[str, BudgetPoint | None] = Field(description="operating point of each budget")
+    budgets: dict[str, BudgetBody] = Field(description="what `budget=` may name")
 
 
 class Models(_Body):
     models: list[Model]
+
+
+class QueueState(_Body):
+    """Now."""
+
+    waiting_images: int
+    waiting_bytes: int
+    oldest_ms: float = Field(description="age of the image that has waited longest")
+    running_batches: int
+    arrival_rate_hz: float = Field(description="images offered per second lately, refused ones included")
+    latency_scale: float = Field(description="this machine's time for a batch over the profile's")
+
+
+class PolicyBody(_Body):
+    """The policy in force."""
+
+    policy: str
+    parameters: dict[str, float]
+    quantile: float = Field(description="of predicted latency, on which admission relies")
+    source: str = Field(description="the file, or the default that it came from")
+    budgets: dict[str, BudgetBody]
+    state: QueueState

@@ -1,6 +1,6 @@
 """Every setting of the gateway, read once at start and passed down.
 
-Precedence: command line (`--max-wait-s 0.005`), environment (`VMOE_MAX_WAIT_S=0.005`), default. Defaults fit a laptop.
+Precedence: command line (`--max-batch-size 8`), environment (`VMOE_MAX_BATCH_SIZE=8`), default. Defaults fit a laptop.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 _MIB = 1 << 20
@@ -32,10 +32,19 @@ class Settings(BaseSettings):
 
     # Chosen, not tuned: large enough that per-call overhead is small, small enough that nobody waits long for a batch.
     max_batch_size: int = Field(default=16, ge=1, description="images per batch; the bundle's own limit applies too")
-    max_wait_s: float = Field(default=0.002, ge=0, description="how long an image waits for batch mates")
+    policy: str = Field(
+        default="",
+        description="name of a capacity policy (foresight, fixed, queue-depth, aimd, slackfit, proteus) with default "
+        "budgets, or path of a policy.toml; empty takes the bundle's policy.toml, or foresight where there is none",
+    )
+    admin_key: SecretStr = Field(
+        default=SecretStr(""), description="bearer token of /v1/admin; empty switches it off. Better set by environment"
+    )
 
     max_queue_images: int = Field(default=512, ge=1, description="images admitted and not yet answered")
-    max_queue_bytes: int = Field(default=256 * _MIB, ge=1, description="bytes held by uploads not yet answered")
+    max_queue_bytes: int = Field(
+        default=256 * _MIB, ge=1, description="bytes held by uploads not yet answered, and by decoded images that wait"
+    )
 
     max_image_bytes: int = Field(default=10 * _MIB, ge=1, description="size of one encoded image")
     # Chosen, not tuned. Flattening RGBA holds about 15 bytes a pixel (three RGBA images, one RGB): 375 MB per thread.
@@ -43,8 +52,15 @@ class Settings(BaseSettings):
     max_images_per_request: int = Field(default=64, ge=1, description="images in one multipart body")
     max_body_bytes: int = Field(default=64 * _MIB, ge=1, description="size of one multipart body")
 
-    request_timeout_s: float = Field(default=10.0, gt=0, description="time from a request's headers to its answer")
-    drain_timeout_s: int = Field(default=20, ge=0, description="time for open requests to finish at shutdown")
+    request_timeout_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="time for the upload, and again from its end to the answer; the longest deadline",
+    )
+    shutdown_delay_s: float = Field(
+        default=0.0, ge=0, description="time to go on serving, unready, for load balancers to notice the shutdown"
+    )
+    drain_timeout_s: float = Field(default=20.0, ge=0, description="time for open requests to finish at shutdown")
 
     @model_validator(mode="after")
     def _limits_fit_together(self) -> Settings:

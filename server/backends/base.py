@@ -48,7 +48,14 @@ class Outputs:
 
 
 class Backend(Protocol):
-    """A runtime that holds one model. Never blocks the event loop; any exception fails the batch and nothing else."""
+    """A runtime that holds one model. Never blocks the event loop; any exception fails the batch and nothing else.
+
+    Attributes:
+        num_workers: batches that it runs at once.
+    """
+
+    @property
+    def num_workers(self) -> int: ...
 
     async def infer(self, batch: Batch) -> Outputs: ...
 

@@ -29,7 +29,7 @@ _TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
 
 
 class OrtBackend:
-    """Runs a bundle's graph.
+    """Runs a bundle's graph, one batch at a time: a second one would only fight the first for the cores.
 
     Arguments:
         bundle: its files were verified against the manifest.
@@ -38,6 +38,8 @@ class OrtBackend:
     Raises:
         BundleError: ONNX Runtime cannot load the graph, or its tensors are not those of the manifest.
     """
+
+    num_workers = 1
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         self._manifest = bundle.manifest
@@ -53,8 +55,7 @@ class OrtBackend:
         self._run_options = onnxruntime.RunOptions()
         # `token_experts` costs nothing in batches that do not ask for it.
         self._run_options.only_execute_path_to_fetches = True
-        # One thread: a second batch at the same time would only fight the first one for the cores.
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="onnxruntime")
+        self._worker = ThreadPoolExecutor(self.num_workers, thread_name_prefix="onnxruntime")
 
     async def infer(self, batch: Batch) -> Outputs:
         return await asyncio.get_running_loop().run_in_executor(self._worker, self._run, batch)

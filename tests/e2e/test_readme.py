@@ -69,6 +69,8 @@ def test_curl_command_of_the_readme_gives_the_answer_shown(served: Served) -> No
     for varying in ("request_id", "times"):
         assert answer.pop(varying).keys() == expected.pop(varying).keys() if varying == "times" else answer.pop(varying)
         expected.pop(varying, None)
+    assert isinstance(answer.pop("deadline_met"), bool)  # a busy machine may stall
+    assert expected.pop("deadline_met") is True
     for mine, theirs in zip(answer.pop("predictions"), expected.pop("predictions"), strict=True):
         assert mine["label"] == theirs["label"]
         assert mine["probability"] == pytest.approx(theirs["probability"], abs=1e-3)

@@ -13,11 +13,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from prometheus_client import CollectorRegistry
 
 from exporter.bundle import Bundle, Manifest, Point, Provenance
-from server.app import create_app
+from server.app import create_server
 from server.backends.base import Backend, Batch, Outputs
 from server.backends.ort import OrtBackend
 from server.settings import Settings
@@ -32,7 +31,13 @@ Serve = Callable[..., AbstractContextManager[httpx.Client]]
 
 
 class FakeBackend:
-    """Answers with the class of the first pixel. `gate` holds batches back, `failure` makes them fail."""
+    """Answers with the class of the first pixel. `gate` holds batches back, `failure` makes them fail.
+
+    Attributes:
+        batches: those after the warm-up.
+    """
+
+    num_workers = 1
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
@@ -105,9 +110,8 @@ def small_manifest(*, dense: bool = False) -> Manifest:
 def _serve(bundle: Bundle, backend: Backend, *, wait: bool = True, **settings: object) -> Iterator[httpx.Client]:
     """A real server on a free port, warm unless told not to wait; stopped, with nothing left in flight, at the end."""
     registry = CollectorRegistry()
-    app = create_app(Settings(**settings), bundle, backend, registry)  # type: ignore[arg-type]
+    server = create_server(Settings(**settings), bundle, backend, registry)  # type: ignore[arg-type]
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=20))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -117,11 +121,12 @@ def _serve(bundle: Bundle, backend: Backend, *, wait: bool = True, **settings: o
                 wait_ready(client)
             yield client
     finally:
-        server.should_exit = True
+        server.stop()
         thread.join(timeout=30)
         listener.close()
     assert not thread.is_alive()
-    assert registry.get_sample_value("vmoe_in_flight_requests") == 0
+    for name in ("vmoe_in_flight_requests", "vmoe_queue_images", "vmoe_running_batches"):
+        assert not registry.get_sample_value(name), name
 
 
 def wait_ready(client: httpx.Client) -> None:
@@ -152,6 +157,8 @@ def serve_fake(backend: FakeBackend, manifest: Manifest) -> Iterator[Serve]:
     def serve(served: Manifest = manifest, *, wait: bool = True, **settings: object) -> Iterator[httpx.Client]:
         try:
             with _serve(Bundle(Path("nowhere"), served), backend, wait=wait, **settings) as client:
+                if wait:
+                    backend.batches.clear()
                 yield client
         finally:
             backend.gate.set()

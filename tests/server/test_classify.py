@@ -17,6 +17,9 @@ from exporter.bundle import Bundle, frontier
 PNG = {"Content-Type": "image/png"}
 # A slot for every token in every one of the 8 experts: above any point of the ladder.
 UNMEASURED = {"capacity_factor": 8, "num_selected_experts": 1}
+# The machine that runs the tests may be busy with other things. A test of deadlines sets its own.
+DEADLINE_MS = 5000
+CLASSIFY = f"/classify?deadline_ms={DEADLINE_MS}"
 
 
 def make_image(seed: int) -> bytes:
@@ -27,7 +30,7 @@ def make_image(seed: int) -> bytes:
 
 
 def classify(client: httpx.Client, image: bytes, **query: Any) -> dict[str, Any]:
-    response = client.post("/classify", params=query, content=image, headers=PNG)
+    response = client.post("/classify", params={"deadline_ms": DEADLINE_MS} | query, content=image, headers=PNG)
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
@@ -56,6 +59,28 @@ def test_answer_when_one_image_is_sent_then_it_has_every_part(client: httpx.Clie
     assert all(milliseconds >= 0 for milliseconds in times.values())
     assert times["total_ms"] >= times["decode_ms"] + times["queue_ms"] + times["inference_ms"] - 0.01  # rounding
     assert answer["explanation"] is None
+    assert (answer["budget"], answer["degraded"], answer["reason"]) == ("auto", False, "ceiling")
+    assert answer["deadline_ms"] == DEADLINE_MS
+
+
+def test_timing_header_when_one_image_is_sent_then_it_has_the_stages_of_the_body(client: httpx.Client) -> None:
+    response = client.post(CLASSIFY, content=make_image(0), headers=PNG)
+    stages = dict(part.split(";dur=") for part in response.headers["server-timing"].split(", "))
+    times = response.json()["times"]
+    assert {f"{stage}_ms": float(ms) for stage, ms in stages.items()} == pytest.approx(times, rel=1e-4)
+
+
+def test_timing_header_when_several_are_sent_then_it_is_that_of_the_slowest(client: httpx.Client) -> None:
+    files = [("image", ("x", make_image(seed), "image/png")) for seed in range(3)]
+    response = client.post(CLASSIFY, files=[*files, ("image", ("x", b"hello", "image/png"))])
+    totals = [result["times"]["total_ms"] for result in response.json()["results"][:3]]
+    total = float(response.headers["server-timing"].rpartition("total;dur=")[2])
+    assert total == pytest.approx(max(totals), rel=1e-4)
+
+
+def test_timing_header_when_no_image_was_answered_then_there_is_none(client: httpx.Client) -> None:
+    bad = ("image", ("x", b"hello", "image/png"))
+    assert "server-timing" not in client.post(CLASSIFY, files=[bad, bad]).headers
 
 
 def test_predictions_when_all_are_asked_for_then_they_descend_and_sum_to_one(client: httpx.Client) -> None:
@@ -110,7 +135,7 @@ def test_operating_point_when_at_the_end_of_the_allowed_range_then_everything_is
 
 def test_answer_when_sent_as_form_then_it_is_that_of_the_raw_body(client: httpx.Client) -> None:
     image = make_image(1)
-    form = client.post("/classify", files={"image": ("a.png", image, "image/png")}).json()
+    form = client.post(CLASSIFY, files={"image": ("a.png", image, "image/png")}).json()
     assert_same_predictions(form, classify(client, image))
 
 
@@ -132,7 +157,7 @@ def test_answer_when_requests_of_all_kinds_share_batches_then_it_is_that_of_bein
 
 def test_answers_when_one_of_several_images_is_bad_then_the_others_stand_in_order(client: httpx.Client) -> None:
     images = [make_image(1), b"hello", make_image(2)]
-    response = client.post("/classify", files=[("image", ("x", image, "image/png")) for image in images])
+    response = client.post(CLASSIFY, files=[("image", ("x", image, "image/png")) for image in images])
     assert response.status_code == 200
     first, bad, third = response.json()["results"]
     assert_same_predictions(first, classify(client, images[0]))
@@ -163,7 +188,7 @@ def test_explanation_when_asked_for_then_it_accounts_for_every_assignment_kept(
 
 @pytest.mark.parametrize(("sent", "kept"), [("abc-123", True), ("x" * 65, False), ("a b", False), ("ü", False)])
 def test_request_id_when_sent_then_only_a_sane_one_is_kept(client: httpx.Client, sent: str, kept: bool) -> None:
-    response = client.post("/classify", content=make_image(0), headers=PNG | {"X-Request-ID": sent.encode()})
+    response = client.post(CLASSIFY, content=make_image(0), headers=PNG | {"X-Request-ID": sent.encode()})
     assert response.json()["request_id"] == response.headers["x-request-id"]
     assert (response.headers["x-request-id"] == sent) == kept
 
@@ -173,7 +198,16 @@ def test_models_when_listed_then_points_and_budgets_are_the_manifests(client: ht
     assert model["labels"] == list(shipped.manifest.labels)
     assert [point["accuracy"] for point in model["points"]] == [point.accuracy for point in shipped.manifest.points]
     assert model["budgets"].keys() == {"low", "medium", "high", "max", "auto"}
-    assert model["budgets"]["max"] == model["budgets"]["auto"]
+    low, full = (
+        {
+            "capacity_factor": point.capacity_factor,
+            "num_selected_experts": point.num_selected_experts,
+            "accuracy": point.accuracy,
+        }
+        for point in (shipped.manifest.points[0], shipped.manifest.points[-1])
+    )
+    assert model["budgets"]["auto"] == {"floor": low, "ceiling": full, "deadline_ms": 100, "weight": 1}
+    assert (model["budgets"]["low"]["ceiling"], model["budgets"]["max"]["floor"]) == (low, full)
 
 
 def test_openapi_when_fetched_then_errors_have_examples(client: httpx.Client) -> None:
@@ -186,6 +220,10 @@ def test_openapi_when_fetched_then_errors_have_examples(client: httpx.Client) ->
         for code, example in content["application/problem+json"]["examples"].items():
             assert (example["value"]["code"], example["value"]["status"]) == (code, int(status))
         assert "request_id" in content["application/problem+json"]["schema"]["properties"]
+    assert {"overloaded", "over_share", "queue_full"} <= responses["503"]["content"]["application/problem+json"][
+        "examples"
+    ].keys()
+    assert "/v1/admin/policy" not in document["paths"]
     assert client.get("/docs").status_code == 200
 
 
@@ -223,8 +261,13 @@ def test_metrics_when_requests_were_served_then_each_series_moved_by_what_happen
         assert moved("vmoe_stage_seconds_count", stage=stage) == 2
     assert moved("vmoe_batch_size_count") == 2
     assert moved("vmoe_batch_size_sum") == 2
-    assert moved("vmoe_served_images_total", operating_point=str(low.operating_point)) == 1
-    assert moved("vmoe_served_images_total", operating_point="custom") == 1
+    assert moved("vmoe_served_images_total", operating_point=str(low.operating_point), budget="low") == 1
+    assert moved("vmoe_served_images_total", operating_point="custom", budget="custom") == 1
+    assert moved("vmoe_offered_images_total", budget="low") == moved("vmoe_admitted_images_total", budget="low") == 1
+    assert moved("vmoe_deadline_images_total", budget="low", outcome="met") == 1
+    assert moved("vmoe_effective_accuracy_total", budget="low") == pytest.approx(low.accuracy)
+    assert moved("vmoe_degraded_images_total", budget="low") == 0
+    assert moved("vmoe_decision_seconds_count") == moved("vmoe_batch_latency_ratio_count") == 2
     assert moved("vmoe_capacity_factor_sum") == pytest.approx(low.capacity_factor + 8)
     assert moved("vmoe_num_selected_experts_sum") == low.num_selected_experts + 1
     moe, num_tokens = shipped.manifest.architecture.moe, shipped.manifest.architecture.tokens_per_image

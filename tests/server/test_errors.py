@@ -134,8 +134,17 @@ def test_classify_when_media_type_is_missing_then_415(server: httpx.Client) -> N
 @pytest.mark.parametrize(
     ("query", "allowed"),
     [
-        ("budget=huge", "'low', 'medium', 'high', 'max' or 'auto'"),
-        ("budgte=low", "allowed are budget, capacity_factor, num_selected_experts, top, explain"),
+        ("budget=huge", "budget must be one of low, medium, high, max, auto, got 'huge'"),
+        (
+            "budgte=low",
+            "allowed are budget, deadline_ms, min_accuracy, capacity_factor, num_selected_experts, top, explain",
+        ),
+        ("deadline_ms=0.5", "greater than or equal to 1"),
+        ("deadline_ms=nan", "finite number"),
+        ("deadline_ms=10001", "between 1 and 10000"),
+        ("min_accuracy=1.1", "less than or equal to 1"),
+        ("min_accuracy=0.91", "at most 0.9"),
+        ("min_accuracy=0.5&capacity_factor=1&num_selected_experts=1", "exclude each other"),
         ("capacity_factor=1", "num_selected_experts is missing"),
         ("capacity_factor=9&num_selected_experts=1", "at most 4"),
         ("capacity_factor=nan&num_selected_experts=1", "above 0"),
@@ -202,6 +211,9 @@ def test_classify_when_queue_is_full_then_503_with_retry_after(serve_fake: Any, 
         response = client.post("/classify", content=GRAY_1X1, headers=PNG)
         assert_problem(response, 503, "queue_full")
         assert response.headers["retry-after"] == "1"
+        metrics = client.get("/metrics").text
+        assert 'vmoe_shed_images_total{budget="auto",reason="queue_full"} 1.0' in metrics
+        assert 'vmoe_offered_images_total{budget="auto"} 2.0' in metrics
         backend.gate.set()
         first.join()
         assert answers[0].status_code == 200
@@ -273,9 +285,14 @@ def test_errors_when_listed_then_codes_are_unique_and_each_has_a_status() -> Non
     assert all(400 <= kind.status < 600 for kind in leaves)
 
 
+@pytest.mark.parametrize(("room_s", "header"), [(-1.0, 1), (0.02, 1), (1.0, 1), (1.2, 2)])
+def test_retry_after_when_there_is_room_in_between_seconds_then_it_is_rounded_up(room_s: float, header: int) -> None:
+    assert errors.Overloaded("", room_s).retry_after_s == header
+
+
 def _wait_until_inferring(backend: Any) -> None:
-    while all(batch.explain for batch in backend.batches):
-        os.sched_yield()  # the batches of the warm-up ask for explanations, the requests here do not
+    while not backend.batches:
+        os.sched_yield()
 
 
 def _with_header_crc(png: bytes) -> bytes:

@@ -1,25 +1,23 @@
-"""Start, readiness and stop, seen from outside."""
+"""Start and readiness, seen from outside."""
 
 from __future__ import annotations
 
 import io
 import os
-import socket
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from PIL import Image
 from prometheus_client import CollectorRegistry
 
 from exporter.bundle import Bundle, BundleError, Manifest
-from server.app import create_app
+from server.app import create_server
 from server.settings import Settings
+from tests.server.conftest import wait_ready
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,8 +40,7 @@ def test_ready_when_the_model_is_not_warm_then_503_but_the_process_lives(serve_f
         assert client.get("/healthz").json() == {"status": "ok"}
         assert client.post("/classify", **IMAGE).json()["code"] == "not_ready"
         backend.gate.set()
-        while client.get("/readyz").status_code != 200:
-            os.sched_yield()
+        wait_ready(client)
         assert client.post("/classify", **IMAGE).status_code == 200
 
 
@@ -59,34 +56,11 @@ def test_ready_when_the_warm_up_failed_then_503_for_good(serve_fake: Any, backen
 def test_warm_up_when_done_then_both_ends_of_the_ladder_ran_alone_and_in_a_full_batch(
     serve_fake: Any, backend: Any
 ) -> None:
-    with serve_fake(max_batch_size=4):
-        # The small model's ladder ends at 1 slot with K = 1 and 3 slots with K = 2.
+    with serve_fake(max_batch_size=4, wait=False) as client:
+        wait_ready(client)
+        # The small model's ladder ends at 1 slot with K = 1 and 3 slots with K = 2. Thrice: the first run allocates.
         runs = [(len(b.images), b.slots[0, 0], b.num_selected_experts[0, 0]) for b in backend.batches]
-        assert runs == [(1, 1, 1), (4, 1, 1), (1, 3, 2), (4, 3, 2)]
-
-
-def test_stop_when_a_request_is_under_way_then_it_is_answered(serve_fake: Any, backend: Any) -> None:
-    answers: list[httpx.Response] = []
-    with serve_fake() as client:
-        url = client.base_url
-        backend.gate.clear()
-        request = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/classify", **IMAGE, timeout=30)))
-        request.start()
-        while all(batch.explain for batch in backend.batches):
-            os.sched_yield()
-
-        def open_gate_once_refused() -> None:
-            while _accepts(url):
-                os.sched_yield()
-            backend.gate.set()
-
-        opener = threading.Thread(target=open_gate_once_refused)
-        opener.start()
-    # Leaving the block stopped the server: it refused new connections while the old request still ran.
-    opener.join()
-    request.join()
-    assert answers[0].status_code == 200
-    assert answers[0].json()["predictions"][0]["index"] == 2
+        assert runs == [each for each in [(1, 1, 1), (4, 1, 1), (1, 3, 2), (4, 3, 2)] for _ in range(3)]
 
 
 def test_gateway_when_the_model_routes_several_images_together_then_it_is_refused(
@@ -97,7 +71,7 @@ def test_gateway_when_the_model_routes_several_images_together_then_it_is_refuse
     architecture = replace(manifest.architecture, moe=replace(moe, group_images=4))
     bundle = Bundle(Path("shared"), manifest.model_copy(update={"architecture": architecture}))
     with pytest.raises(BundleError, match="groups of 4 images"):
-        create_app(Settings(), bundle, backend, CollectorRegistry())
+        create_server(Settings(), bundle, backend, CollectorRegistry())
 
 
 def test_server_when_imported_then_torch_is_not() -> None:
@@ -112,6 +86,8 @@ def test_server_when_imported_then_torch_is_not() -> None:
         (["--colour", "red"], 2, "--colour"),
         (["--max-images-per-request", "99", "--max-queue-images", "9"], 2, "max_queue_images"),
         (["--model", "nothing"], 1, "is model_repository/nothing a bundle?"),
+        (["--policy", "fxed"], 1, "'fxed' is neither a file nor a policy; policies are foresight, fixed,"),
+        (["--policy", "tests/data/policy/bad.toml"], 1, "bad.toml, line 4: budgets.auto.deadline"),
     ],
 )
 def test_command_line_when_wrong_then_it_says_so_before_listening(
@@ -127,17 +103,9 @@ def test_command_line_when_wrong_then_it_says_so_before_listening(
 
 def test_settings_when_set_twice_then_the_command_line_wins_over_the_environment() -> None:
     program = "from pydantic_settings import CliApp; from server.settings import Settings; "
-    program += "s = CliApp.run(Settings, cli_args=['--port', '1']); print(s.port, s.max_wait_s, s.threads)"
-    environment = os.environ | {"VMOE_PORT": "2", "VMOE_MAX_WAIT_S": "0.5"}
+    program += "s = CliApp.run(Settings, cli_args=['--port', '1']); print(s.port, s.shutdown_delay_s, s.threads)"
+    environment = os.environ | {"VMOE_PORT": "2", "VMOE_SHUTDOWN_DELAY_S": "0.5"}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
     )
     assert done.stdout.split() == ["1", "0.5", "0"]
-
-
-def _accepts(url: httpx.URL) -> bool:
-    try:
-        socket.create_connection((url.host, url.port or 80)).close()
-    except ConnectionRefusedError:
-        return False
-    return True

@@ -1,0 +1,78 @@
+"""Where the policy in force comes from, at start and on reload. The setting `policy` is one of
+
+empty     `policy.toml` in the bundle's directory; where there is none, foresight with default budgets
+a name    that policy with default budgets; there is no file, so nothing can be reloaded
+a path    this policy.toml
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from exporter.bundle import Bundle
+from server.ladder import Ladder
+from server.policy_file import POLICY_FILE, POLICY_NAMES, ActivePolicy, PolicyError, default_policy, load_policy
+
+logger = logging.getLogger(__name__)
+
+
+class PolicySource:
+    """Reads the policy of one bundle.
+
+    Arguments:
+        setting: as above.
+        max_deadline_s: the request timeout; deadlines of budgets end with it.
+    """
+
+    def __init__(self, setting: str, bundle: Bundle, ladder: Ladder, max_deadline_s: float) -> None:
+        self._name = next((name for name in POLICY_NAMES if name == setting), None)
+        self._path = Path(setting) if setting else bundle.directory / POLICY_FILE
+        self._optional = not setting
+        self._manifest, self._ladder, self._max_deadline_s = bundle.manifest, ladder, max_deadline_s
+
+    def load(self) -> ActivePolicy:
+        """Reads it. Blocks on the file system.
+
+        Raises:
+            PolicyError: the file cannot be used; the message names it, and its line.
+        """
+        if self._name is not None:
+            return self._bounded(default_policy(self._manifest, self._ladder, self._name))
+        if not self._path.exists():
+            if self._optional:
+                return self._bounded(default_policy(self._manifest, self._ladder))
+            raise PolicyError(
+                f"policy {str(self._path)!r} is neither a file nor a policy; policies are {', '.join(POLICY_NAMES)}"
+            )
+        return self._bounded(load_policy(self._path, self._manifest, self._ladder))
+
+    def reload(self) -> ActivePolicy:
+        """As `load`, for a policy that may have changed since.
+
+        Raises:
+            PolicyError: as for `load`; or the setting is a name.
+        """
+        if self._name is not None:
+            raise PolicyError(
+                f"the setting policy is the name {self._name!r}, so there is no file to read again; "
+                "start with the path of a policy.toml to reload it"
+            )
+        return self.load()
+
+    def _bounded(self, active: ActivePolicy) -> ActivePolicy:
+        longer = [name for name, budget in active.budgets.items() if budget.deadline_s > self._max_deadline_s]
+        if longer:
+            logger.warning(
+                "deadlines of the budgets %s are cut to the request timeout of %g s",
+                ", ".join(longer),
+                self._max_deadline_s,
+            )
+        return replace(
+            active,
+            budgets={
+                name: replace(budget, deadline_s=min(budget.deadline_s, self._max_deadline_s))
+                for name, budget in active.budgets.items()
+            },
+        )

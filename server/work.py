@@ -1,0 +1,54 @@
+"""One image on its way through the engine: `Work` goes in beside the scheduler's request, `Inference` comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from server.ladder import Rung
+from server.scheduler import ServeReason
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One image to infer. H, W and c of the model's input.
+
+    Attributes:
+        image: (H, W, c) uint8.
+        explain: also say which expert processed which token.
+        pinned: the point that the client chose, on the ladder or off it; None leaves the choice to the scheduler.
+    """
+
+    image: npt.NDArray[np.uint8]
+    explain: bool
+    pinned: Rung | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Inference:
+    """What the model says about one image. C classes, L MoE layers, E experts, S tokens, K choices.
+
+    Attributes:
+        logits: (C,) float32.
+        kept: (L,) float32, share of the K * S assignments that were processed.
+        expert_load: (L, E) int64, tokens processed by each expert.
+        token_experts: (L, S, K) int64, expert that processed the token as its k-th choice, or -1; None if not asked.
+        rung: where it was processed.
+        reason: why there and not better.
+        degraded: below the best point that the request allowed.
+        deadline_met: the batch was done in time.
+        queue_s, inference_s: time in the queue, and of the batch in the backend.
+    """
+
+    logits: npt.NDArray[np.float32]
+    kept: npt.NDArray[np.float32]
+    expert_load: npt.NDArray[np.int64]
+    token_experts: npt.NDArray[np.int64] | None
+    rung: Rung
+    reason: ServeReason
+    degraded: bool
+    deadline_met: bool
+    queue_s: float
+    inference_s: float

@@ -1,0 +1,189 @@
+"""The policy over HTTP: shown, reloaded with a key, and what it does to requests."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from exporter.bundle import Bundle, Latency, Manifest
+from server.ladder import Ladder
+from server.policies.foresight import ForesightConfig
+from server.policy_file import PolicyConfig, parse_policy
+from tests.server.test_errors import assert_problem
+
+ROOT = Path(__file__).parents[2]
+KEY = "open sesame"
+BEARER = {"Authorization": f"Bearer {KEY}"}
+
+
+def _png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), 2).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+IMAGE: dict[str, Any] = {"content": _png(), "headers": {"Content-Type": "image/png"}}
+
+
+def test_policy_when_asked_for_then_it_shows_what_is_in_force_and_the_queue(serve_fake: Any, backend: Any) -> None:
+    with serve_fake() as client:
+        body = client.get("/v1/policy").json()
+        assert (body["policy"], body["source"]) == ("foresight", "default (foresight)")
+        assert body["quantile"] == PolicyConfig().quantile
+        assert body["parameters"].keys() == ForesightConfig.model_fields.keys()
+        # The small model has no profile, hence a deadline of 1 s; its ladder ends at 0.80 and 0.90.
+        assert body["budgets"]["auto"] == {
+            "floor": {"capacity_factor": 0.5, "num_selected_experts": 1, "accuracy": 0.8},
+            "ceiling": {"capacity_factor": 1.0, "num_selected_experts": 2, "accuracy": 0.9},
+            "deadline_ms": 1000,
+            "weight": 1,
+        }
+        assert body["state"]["waiting_images"] == body["state"]["running_batches"] == 0
+        backend.gate.clear()
+        requests = [threading.Thread(target=client.post, args=("/classify",), kwargs=IMAGE) for _ in range(3)]
+        requests[0].start()
+        while not backend.batches:
+            os.sched_yield()
+        for request in requests[1:]:
+            request.start()
+        while (state := client.get("/v1/policy").json()["state"])["waiting_images"] < 2:
+            os.sched_yield()
+        assert (state["running_batches"], state["waiting_bytes"]) == (1, 128)  # 8 x 8 pixels each
+        assert state["oldest_ms"] > 0
+        backend.gate.set()
+        for request in requests:
+            request.join()
+
+
+def test_policy_when_the_model_is_dense_then_budgets_have_no_points(serve_fake: Any, dense_manifest: Manifest) -> None:
+    with serve_fake(dense_manifest) as client:
+        assert client.get("/v1/policy").json()["budgets"]["low"]["ceiling"] is None
+        answer = client.post("/classify", **IMAGE).json()
+        assert (answer["operating_point"], answer["degraded"], answer["reason"]) == (None, False, "ceiling")
+
+
+def test_reload_when_no_key_is_set_then_the_route_does_not_exist(serve_fake: Any) -> None:
+    with serve_fake() as client:
+        assert_problem(client.post("/v1/admin/policy", headers={"Authorization": "Bearer x"}), 404, "not_found")
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}, {"Authorization": KEY}]
+)
+def test_reload_when_the_key_is_wrong_then_401_and_nothing_changes(
+    serve_fake: Any, tmp_path: Path, headers: dict[str, str]
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('policy = "fixed"')
+    with serve_fake(admin_key=KEY, policy=str(policy)) as client:
+        policy.write_text('policy = "aimd"')
+        response = client.post("/v1/admin/policy", headers=headers)
+        assert KEY not in assert_problem(response, 401, "unauthorized")["detail"]
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert client.get("/v1/policy").json()["policy"] == "fixed"
+
+
+def test_reload_when_the_file_is_good_then_its_budgets_serve_the_next_request(serve_fake: Any, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('policy = "fixed"')
+    with serve_fake(admin_key=KEY, policy=str(policy)) as client:
+        assert_problem(client.post("/classify?budget=edge", **IMAGE), 422, "invalid_parameter")
+        policy.write_text('policy = "aimd"\nquantile = 0.9\n[budgets.edge]\nceiling = "1,1"\ndeadline_ms = 700')
+        body = client.post("/v1/admin/policy", headers=BEARER).json()
+        assert (body["policy"], body["quantile"], body["source"]) == ("aimd", 0.9, str(policy))
+        answer = client.post("/classify?budget=edge", **IMAGE).json()
+        assert (answer["budget"], answer["deadline_ms"]) == ("edge", 700)
+        assert answer["operating_point"]["slots"] == [2]
+        assert 'vmoe_admitted_images_total{budget="edge"} 1.0' in client.get("/metrics").text
+
+
+def test_reload_when_the_file_is_bad_then_422_with_its_line_and_the_old_one_stays(
+    serve_fake: Any, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('policy = "fixed"')
+    with serve_fake(admin_key=KEY, policy=str(policy)) as client:
+        for text, complaint in (
+            ('policy = "fixed"\n[budgets.auto]\nfloor = "9,9"', "line 2: floor of budget 'auto' must be"),
+            ('policy = "fixed"\nspeed = 1', "line 2: speed: Extra inputs are not permitted"),
+            ("policy = \n", "line 1"),
+        ):
+            policy.write_text(text)
+            problem = client.post("/v1/admin/policy", headers=BEARER)
+            assert (problem.status_code, problem.json()["code"]) == (422, "invalid_policy")
+            assert complaint in problem.json()["detail"]
+        policy.unlink()
+        assert client.post("/v1/admin/policy", headers=BEARER).status_code == 422
+        assert client.get("/v1/policy").json()["policy"] == "fixed"
+
+
+def test_reload_when_the_policy_is_a_name_then_422_says_why(serve_fake: Any) -> None:
+    with serve_fake(admin_key=KEY, policy="fixed") as client:
+        problem = client.post("/v1/admin/policy", headers=BEARER)
+        assert "no file to read again" in assert_problem(problem, 422, "invalid_policy")["detail"]
+
+
+def test_classify_when_the_deadline_cannot_be_met_then_503_before_anything_is_decoded(
+    serve_fake: Any, manifest: Manifest
+) -> None:
+    # A profile of 5 s per image. The fake is faster, of which the warm-up convinces the latency model only partly.
+    slow = (Latency(batch_size=1, median_s=5, p99_s=5.1),)
+    points = tuple(point.model_copy(update={"latency": slow}) for point in manifest.points)
+    with serve_fake(manifest.model_copy(update={"points": points})) as client:
+        response = client.post("/classify?deadline_ms=1000", content=b"no image", headers=IMAGE["headers"])
+        problem = assert_problem(response, 503, "overloaded")
+        assert "even at the cheapest operating point allowed" in problem["detail"]
+        assert int(response.headers["retry-after"]) > 1
+        assert 'vmoe_shed_images_total{budget="auto",reason="deadline"} 1.0' in client.get("/metrics").text
+
+
+def test_classify_when_a_request_became_late_in_the_queue_then_504(serve_fake: Any, backend: Any) -> None:
+    with serve_fake() as client:
+        backend.gate.clear()
+        first = threading.Thread(target=client.post, args=("/classify?deadline_ms=9000",), kwargs=IMAGE)
+        first.start()
+        while not backend.batches:
+            os.sched_yield()
+        answers: list[httpx.Response] = []
+        late = threading.Thread(target=lambda: answers.append(client.post("/classify?deadline_ms=200", **IMAGE)))
+        late.start()
+        while client.get("/v1/policy").json()["state"]["oldest_ms"] < 200:
+            os.sched_yield()
+        backend.gate.set()
+        for thread in (first, late):
+            thread.join()
+        assert_problem(answers[0], 504, "deadline_exceeded")
+
+
+def test_classify_when_the_answer_comes_late_then_it_is_given_and_says_so(serve_fake: Any, backend: Any) -> None:
+    with serve_fake() as client:
+        backend.gate.clear()
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(client.post("/classify?deadline_ms=100", **IMAGE)))
+        thread.start()
+        while not backend.batches:
+            os.sched_yield()
+        behind = threading.Thread(target=client.post, args=("/classify?budget=max&deadline_ms=9000",), kwargs=IMAGE)
+        behind.start()
+        while client.get("/v1/policy").json()["state"]["oldest_ms"] < 100:  # who came later has waited so long already
+            os.sched_yield()
+        backend.gate.set()
+        for each in (thread, behind):
+            each.join()
+        assert (answers[0].status_code, answers[0].json()["deadline_met"]) == (200, False)
+        assert 'vmoe_deadline_images_total{budget="auto",outcome="missed"} 1.0' in client.get("/metrics").text
+
+
+def test_policy_file_of_the_readme_when_read_for_the_shipped_bundle_then_it_is_valid(shipped: Bundle) -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    active = parse_policy(text, shipped.manifest, Ladder.of(shipped.manifest), "README.md")
+    assert active.budgets["thumbnails"].deadline_s == 0.5
+    assert (active.budgets["auto"].floor, active.budgets["auto"].deadline_s) == (1, 0.08)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from exporter.bundle import Bundle, Manifest
+from server.ladder import Ladder
+from server.policy_file import PolicyError
+from server.policy_source import PolicySource
+
+
+def source(setting: str, directory: Path, manifest: Manifest, max_deadline_s: float = 10) -> PolicySource:
+    return PolicySource(setting, Bundle(directory, manifest), Ladder.of(manifest), max_deadline_s)
+
+
+def test_source_when_the_bundle_has_a_file_then_it_is_used(tmp_path: Path, manifest: Manifest) -> None:
+    (tmp_path / "policy.toml").write_text('policy = "aimd"')
+    active = source("", tmp_path, manifest).load()
+    assert (active.config.policy, active.source) == ("aimd", str(tmp_path / "policy.toml"))
+
+
+def test_source_when_the_bundle_has_no_file_then_foresight_until_one_appears(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    found = source("", tmp_path, manifest)
+    assert found.load().config.policy == "foresight"
+    (tmp_path / "policy.toml").write_text('policy = "aimd"')
+    assert found.reload().config.policy == "aimd"
+
+
+def test_source_when_a_policy_is_named_then_the_bundles_file_is_ignored_and_nothing_reloads(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    (tmp_path / "policy.toml").write_text('policy = "aimd"')
+    found = source("fixed", tmp_path, manifest)
+    assert found.load().config.policy == "fixed"
+    with pytest.raises(PolicyError, match="the name 'fixed', so there is no file to read again"):
+        found.reload()
+
+
+def test_source_when_neither_name_nor_file_then_the_names_are_listed(tmp_path: Path, manifest: Manifest) -> None:
+    with pytest.raises(PolicyError, match="fxed' is neither a file nor a policy; policies are foresight, fixed"):
+        source(str(tmp_path / "fxed"), tmp_path, manifest).load()
+
+
+def test_source_when_a_deadline_exceeds_the_request_timeout_then_it_ends_with_it(
+    tmp_path: Path, manifest: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mine.toml").write_text("[budgets.batch]\ndeadline_ms = 60000")
+    active = source(str(tmp_path / "mine.toml"), tmp_path, manifest, max_deadline_s=5).load()
+    assert (active.budgets["batch"].deadline_s, active.budgets["auto"].deadline_s) == (5, 1)
+    assert "deadlines of the budgets batch are cut to the request timeout of 5 s" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["custom", "invalid"])
+def test_source_when_a_budget_takes_a_label_of_the_metrics_then_it_is_refused_with_its_line(
+    tmp_path: Path, manifest: Manifest, name: str
+) -> None:
+    (tmp_path / "policy.toml").write_text(f'policy = "fixed"\n[budgets.{name}]\nweight = 2')
+    with pytest.raises(PolicyError, match=f"line 2: budget name '{name}' is reserved"):
+        source("", tmp_path, manifest).load()
