@@ -138,12 +138,10 @@ class Scheduler:
         self.ladder, self.latency, self.policy, self.limits = ladder, latency, policy, limits
         self.queue = DeadlineQueue()
         self.running: list[Batch] = []
-        self._horizon_s = horizon_s
-        self._burst: ArrivalRate[None] = ArrivalRate(BURST_WINDOW * horizon_s)
-        self._rates: ArrivalRate[Kind] = ArrivalRate(LONG_HORIZON * horizon_s)
-        self._class_rates: ArrivalRate[str] = ArrivalRate(LONG_HORIZON * horizon_s)
+        self._measure_arrivals(horizon_s)
         self._classes: dict[str, _Class] = {}
         self._kept: tuple[float, list[int]] | None = None  # found to keep the promise: spares the second look
+        self._late: list[Request] = []  # kept for `clear` should a policy fail
         self._excess_s = 0.0  # by how much the plan that was refused last would have been late
 
     # -- what the caller sees of the state
@@ -164,9 +162,14 @@ class Scheduler:
         """How long the longest-waiting request has waited; 0 when nobody waits. O(n): for scrapes only."""
         return max((now - request.arrival_s for request in self.queue.requests), default=0.0)
 
-    def use(self, policy: Policy) -> None:
-        """Takes another policy from now on. What is admitted keeps its range and its deadline."""
+    def use(self, policy: Policy, horizon_s: float | None = None) -> None:
+        """Takes another policy from now on. What is admitted keeps its range and its deadline.
+
+        Another horizon starts to measure arrivals anew.
+        """
         self.policy = policy
+        if horizon_s is not None and horizon_s != self._horizon_s:
+            self._measure_arrivals(horizon_s)
 
     # -- transitions
 
@@ -206,14 +209,10 @@ class Scheduler:
 
         The late ones have left the queue: the caller answers them with an error.
         """
-        late = self._take_late(now)
-        if not self.free_workers or not self.has_work:
-            return None, late
-        view, self._kept = self._view(now), None
-        rungs = view.clip(self.policy.decide(view).rungs[: self.limits.max_batch_size])
-        if not rungs or not ((now, rungs) == self._kept or self.keeps_promise(rungs, now)):
-            rungs = self._safe_rungs(now)
-        return self._start(rungs, now), late
+        self._late += self._take_late(now)
+        batch = self._form_batch(now) if self.free_workers and self.has_work else None
+        late, self._late = self._late, []
+        return batch, late
 
     def on_batch_done(self, batch: Batch, now: float, *, failed: bool = False) -> None:
         """Gives the worker back. A batch that failed teaches nothing about latency."""
@@ -228,7 +227,8 @@ class Scheduler:
         """Takes everything out of the queue, at shutdown."""
         requests = self.queue.take(0, len(self.queue))
         self._left(requests)
-        return requests
+        late, self._late = self._late, []
+        return late + requests
 
     def keeps_promise(self, rungs: Sequence[int], now: float) -> bool:
         """Would a batch of the first `len(rungs)` requests be in time, and leave the rest a floor plan that is?"""
@@ -357,6 +357,13 @@ class Scheduler:
 
     # -- batches
 
+    def _form_batch(self, now: float) -> Batch:
+        view, self._kept = self._view(now), None
+        rungs = view.clip(self.policy.decide(view).rungs[: self.limits.max_batch_size])
+        if not rungs or not ((now, rungs) == self._kept or self.keeps_promise(rungs, now)):
+            rungs = self._safe_rungs(now)
+        return self._start(rungs, now)
+
     def _view(self, now: float) -> View:
         queue = self.queue
         return View(
@@ -437,6 +444,12 @@ class Scheduler:
         return self._busy_until_s(now) + [now] * self.free_workers
 
     # -- counting
+
+    def _measure_arrivals(self, horizon_s: float) -> None:
+        self._horizon_s = horizon_s
+        self._burst: ArrivalRate[None] = ArrivalRate(BURST_WINDOW * horizon_s)
+        self._rates: ArrivalRate[Kind] = ArrivalRate(LONG_HORIZON * horizon_s)
+        self._class_rates: ArrivalRate[str] = ArrivalRate(LONG_HORIZON * horizon_s)
 
     def _count_arrival(self, request: Request, now: float) -> _Class:
         budget = request.budget

@@ -271,6 +271,33 @@ def test_use_when_the_policy_changes_then_what_is_admitted_keeps_its_range() -> 
     assert batch.rungs == [1]
 
 
+class Broken(Stateless):
+    """A policy with a mistake."""
+
+    name = "broken"
+
+    def decide(self, view: View) -> Proposal:
+        raise ZeroDivisionError
+
+
+def test_clear_when_a_policy_failed_then_those_that_were_late_are_handed_back_too() -> None:
+    target = scheduler(Broken())
+    late, waiting = request(deadline_s=0.01), request(deadline_s=0.1)
+    admitted(target, late, waiting)
+    with pytest.raises(ZeroDivisionError):
+        target.next_batch(0.02)
+    assert target.clear() == [late, waiting]
+
+
+def test_use_when_the_horizon_changes_then_arrivals_are_measured_anew() -> None:
+    target = scheduler(Propose(0))
+    admitted(target, request())
+    target.use(Propose(0), 0.1)  # the one it has
+    assert target.arrival_rate_hz(0.0) > 0
+    target.use(Propose(0), 0.05)
+    assert target.arrival_rate_hz(0.0) == 0
+
+
 def test_clear_when_stopping_then_everybody_is_handed_back() -> None:
     target = scheduler(Propose(0))
     entries = [request(), request()]
