@@ -41,6 +41,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from server.floor_plan import largest_within
 from server.policies.base import Forecast, Kind, Proposal, Stateless, View
 
 
@@ -120,15 +121,8 @@ def _sizes(most: int) -> npt.NDArray[np.int64]:
 
 
 def _efficient_size(view: View) -> int:
-    """The largest batch within the limit at the cheapest rung: what a backlog is served in."""
-    rung, low, high = view.ladder.frontier[0], 1, view.max_batch_size
-    while low < high:
-        middle = (low + high + 1) // 2
-        if view.latency.uniform_s(rung, middle, high=True) <= view.batch_limit_s:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    """What a backlog is served in: the largest batch within the limit at the cheapest rung."""
+    return largest_within(view.latency, view.ladder.frontier[0], view.batch_limit_s, view.max_batch_size)
 
 
 def _hull(view: View, kind: Kind, size: int) -> list[tuple[float, float]]:

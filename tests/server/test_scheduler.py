@@ -197,6 +197,15 @@ def test_workers_when_two_run_then_about_twice_as_much_is_admitted() -> None:
     assert count == [9 * 8 + 5, 2 * 9 * 8 + 5]
 
 
+def test_workers_when_another_one_is_idle_then_the_rest_of_the_queue_is_planned_for_it() -> None:
+    target = scheduler(Propose(*[1] * 8), workers=2)
+    # 8 at rung 1 take (2 + 8 * 1.2) * 1.026 = 11.9 ms; one worker could not serve the other 8 in 13 ms as well
+    admitted(target, *[request(deadline_s=0.013) for _ in range(16)])
+    batch, _ = target.next_batch(0.0)
+    assert batch is not None
+    assert batch.rungs == [1] * 8
+
+
 def test_share_when_a_class_floods_then_another_still_gets_in() -> None:
     flood, trickle = Budget("flood", 0, FULL, 0.1), Budget("trickle", 0, FULL, 0.1)
     target = scheduler(Propose(0))
