@@ -66,7 +66,13 @@ class Foresight(Stateless):
         size = _efficient_size(view)
         hulls = {kind: _hull(view, kind, size) for kind in {*view.waiting, *view.arrival_rates_hz}}
         price = max(self._price(view, forecast, hulls) for forecast in view.forecasts)
-        rungs, gains, medians = _candidates(view, view.kinds[:most], sizes, hulls, price)
+        kinds = view.kinds[:most]
+        # Where time is worth less than the last step of the ladder, the ceilings win, and nothing need be compared.
+        if price < min((hulls[kind][-1][1] / hulls[kind][-1][0] for kind in set(kinds)), default=0.0):
+            ceilings = [kind.ceiling for kind in kinds]
+            if view.fits(ceilings):
+                return Proposal(ceilings)
+        rungs, gains, medians = _candidates(view, kinds, sizes, hulls, price)
         high = medians * view.latency.high_factors[sizes]
         slack_s = view.deadlines[0] - view.now
         feasible = high <= np.where(sizes > 1, min(slack_s, view.batch_limit_s), slack_s)
