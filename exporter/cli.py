@@ -15,14 +15,12 @@ from rich.table import Table
 
 from exporter.bundle import Manifest
 from exporter.measure import measure_bundle
-from exporter.profiling import ROUNDS
 from vmoe.architecture import Hints, parse_image_size
 from vmoe.operating_point import parse_point
 
 if TYPE_CHECKING:
     from exporter.plan import Plan
 
-PARITY_IMAGES = 256  # chosen: half a minute for the shipped model; half of them seeded noise when there are real images
 TOLERANCE = 1e-4  # absolute, in logits; the two runtimes agree to about 1e-5 on trained models
 
 app = typer.Typer(add_completion=False)
@@ -104,11 +102,18 @@ def export(
     tolerance: Annotated[float, typer.Option(help="Largest difference of logits from PyTorch's.")] = TOLERANCE,
     threads: Annotated[int, typer.Option(help="Threads of the runtime; 0 is all cores.")] = 0,
     rounds: Annotated[
-        int, typer.Option(min=0, help="Timed runs per point and batch size; 0 measures no latency.")
-    ] = ROUNDS,
-    parity_images: Annotated[int, typer.Option(min=1, help="Images on which graph and model are compared.")] = (
-        PARITY_IMAGES
-    ),
+        int | None,
+        typer.Option(
+            min=0,
+            help="Timed runs per point and batch size; 0 measures no latency. Default: 100, fewer for a large model.",
+        ),
+    ] = None,
+    parity_images: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Images on which graph and model are compared. Default: 256, fewer for a large model."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the parameters of CHECKPOINT or --config; export nothing."),
