@@ -7,7 +7,7 @@ import hashlib
 import platform
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,10 @@ from exporter.repository import write_bundle
 from exporter.session import open_session
 from vmoe.architecture import Hints
 from vmoe.checkpoint import Checkpoint
+from vmoe.class_names import IMAGENET_1K, IMAGENET_1K_CLASSES, read_class_names
 from vmoe.data import LabelledImages
 from vmoe.operating_point import OperatingPoint
+from vmoe.preprocess import Fit
 from vmoe.sources import find_source, load_source, read_architecture
 
 MAX_BATCH_SIZE = 32
@@ -45,6 +47,8 @@ class ExportOptions:
         hints: what the checkpoint cannot tell, and overrides.
         points: operating points of the manifest; empty for the default ladder.
         max_selected_experts: largest K of the graph, None for the ladder's.
+        mean, std, fit, crop_fraction: None keeps the checkpoint's preprocessing.
+        labels: a file with a name per line, or `imagenet-1k`; None keeps the checkpoint's.
         parity_images, rounds: None chooses them by the model's size, see `exporter.profiling.default_effort`.
     """
 
@@ -56,7 +60,11 @@ class ExportOptions:
     group_images: int
     points: tuple[OperatingPoint, ...]
     max_selected_experts: int | None
-    labels: Path | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    fit: Fit | None
+    crop_fraction: float | None
+    labels: str | None
     images: Path | None
     tolerance: float
     parity_images: int | None
@@ -180,8 +188,13 @@ def _load(options: ExportOptions, console: Console) -> Checkpoint:
             progress=lambda read, total: bar.update(task, total=total, advance=read),
         )
     if options.labels is not None:
-        loaded = loaded.with_labels(tuple(options.labels.read_text().splitlines()))
-    loaded = loaded.with_group_images(options.group_images)
+        loaded = loaded.with_labels(read_class_names(options.labels))
+    elif len(loaded.labels) == IMAGENET_1K_CLASSES and all(map(str.isdecimal, loaded.labels)):
+        console.print(f"The classes are numbered. If they are ImageNet's, --labels {IMAGENET_1K} names them.")
+    preprocessing = loaded.preprocessing.overridden(
+        mean=options.mean, std=options.std, fit=options.fit, crop_fraction=options.crop_fraction
+    )
+    loaded = replace(loaded.with_group_images(options.group_images), preprocessing=preprocessing)
     if options.dtype != "float32":  # parity is checked against the model that is stored, not the one that was trained
         loaded.round_to(torch.float16 if options.dtype == "float16" else torch.bfloat16)
     return loaded

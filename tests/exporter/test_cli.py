@@ -22,11 +22,12 @@ from exporter.bundle import Bundle
 from exporter.cli import app
 from exporter.parity import ParityError, check_parity, model_answers
 from exporter.profiling import Effort, default_effort, make_points
-from exporter.session import open_session
+from exporter.session import open_session, run
 from tests.exporter.models import SMALL, graph_of, pixels, random_checkpoint, session_of, with_moe
 from vmoe.checkpoint import Checkpoint, save_checkpoint
 from vmoe.config import PositionEmbedding
 from vmoe.operating_point import OperatingPoint
+from vmoe.preprocess import Preprocessing
 from vmoe.sources import load_source
 
 
@@ -75,6 +76,37 @@ def test_export_in_every_form_passes_its_own_parity_check(tmp_path: Path, argume
     result = export(tmp_path, *arguments, "--point", "1,2")
     assert result.exit_code == 0, result.output
     Bundle.load(tmp_path / "repository" / "tiny")
+
+
+def test_preprocessing_given_on_the_command_line_is_the_bundles_and_the_graphs(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(replace(SMALL, moe=None))
+    save_checkpoint(tmp_path / "checkpoint", checkpoint)
+    values = ("--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225")
+    result = export(tmp_path, *values, "--fit", "center_crop", "--crop-fraction", "0.875")
+    assert result.exit_code == 0, result.output
+    bundle = Bundle.load(tmp_path / "repository" / "tiny")
+    expected = Preprocessing((12, 8), 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "center_crop", 0.875)
+    assert bundle.manifest.preprocessing == expected
+    images = pixels(SMALL, 2)
+    found = run(open_session(bundle.model_path, 1), images, None, ["logits"])[0]
+    with torch.inference_mode():
+        by_hand = (images / 255 - np.array(expected.mean)) / np.array(expected.std)
+        logits = checkpoint.model()(torch.from_numpy(by_hand.astype(np.float32))).logits.numpy()
+    assert np.abs(found - logits).max() < 1e-5
+
+
+def test_thousand_numbered_classes_ask_for_names_until_they_get_them(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(replace(SMALL, moe=None, num_classes=1000))
+    numbered = checkpoint.with_labels(tuple(map(str, range(1000))))
+    save_checkpoint(tmp_path / "checkpoint", numbered)
+    assert "--labels imagenet-1k" in " ".join(export(tmp_path).output.split())
+    result = export(tmp_path, "--labels", "imagenet-1k")
+    assert result.exit_code == 0, result.output
+    assert "--labels" not in result.output
+    labels = (tmp_path / "repository" / "tiny" / "labels.txt").read_text().splitlines()
+    assert (labels[0], labels[999]) == ("tench, Tinca tinca", "toilet tissue, toilet paper, bathroom tissue")
+    save_checkpoint(tmp_path / "checkpoint", checkpoint)
+    assert "--labels" not in export(tmp_path).output  # "class 0" is a name
 
 
 def test_export_of_a_dense_model_has_no_points(tmp_path: Path) -> None:
@@ -197,6 +229,13 @@ def test_comparisons_and_rounds_follow_the_size_of_the_model_unless_given(
         ),
         (("--images", "/nonexistent"), "/nonexistent is not a directory"),
         (("--labels", "/nonexistent"), "/nonexistent"),
+        (("--labels", "imagenet-1k"), "1000 labels were given for a model of 5 classes"),
+        (("--mean", "0.485,0.456"), "mean and std need 3 values each, got (0.485, 0.456)"),
+        (("--mean", "red"), "'red' is not a number per channel"),
+        (("--mean", "nan,0,0"), "mean must be finite"),
+        (("--std", "0.2,0,0.2"), "std must be above 0"),
+        (("--fit", "center_crop", "--crop-fraction", "1.5"), "crop_fraction must be above 0 and at most 1, got 1.5"),
+        (("--crop-fraction", "0.875"), "crop_fraction 0.875 needs fit 'center_crop'"),
     ],
 )
 def test_bad_option_is_named_and_leaves_nothing(tmp_path: Path, arguments: tuple[str, str], message: str) -> None:
