@@ -109,10 +109,12 @@ def export_checkpoint(directory: Path, options: ExportOptions, console: Console)
 
     def finish(model: Path) -> Manifest:
         manifest = prepared.manifest
+        # One session for both: memory that a closed one gave back is in pieces, and a second took half of B/16 more.
+        session = open_session(model, options.threads)
         with count_progress(console) as bar:
             task = bar.add_task("parity, graph", total=len(prepared.samples) * len(prepared.answers))
             parity = check_parity(
-                open_session(model, options.threads),
+                session,
                 manifest.architecture,
                 prepared.samples,
                 manifest.preprocessing,
@@ -122,7 +124,7 @@ def export_checkpoint(directory: Path, options: ExportOptions, console: Console)
                 advance=lambda count: bar.advance(task, count),
             )
         manifest = manifest.model_copy(update={"parity": parity})
-        return measure(manifest, model, options.images, data, options.threads, options.rounds, console)
+        return measure(manifest, session, options.images, data, options.threads, options.rounds, console)
 
     return write_bundle(directory, prepared.graph, finish)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -33,14 +34,15 @@ def measure_bundle(
     """Measures a bundle again and replaces its manifest; accuracies stay where no images are given."""
     bundle = Bundle.load(directory)
     data = None if images is None else labelled_images(images, bundle.manifest.preprocessing, bundle.manifest.labels)
-    manifest = measure(bundle.manifest, bundle.model_path, images, data, threads, rounds, console)
+    session = open_session(bundle.model_path, threads)
+    manifest = measure(bundle.manifest, session, images, data, threads, rounds, console)
     write_manifest(directory, manifest)
     return manifest
 
 
 def measure(
     manifest: Manifest,
-    model: Path,
+    session: ort.InferenceSession,
     images: Path | None,
     data: LabelledImages | None,
     threads: int,
@@ -50,12 +52,11 @@ def measure(
     """The manifest with accuracy (where there are images) and latency (where `rounds` is not 0) filled in.
 
     Arguments:
-        model: the graph.
+        session: the graph's.
         images: where `data` came from, for the record.
-        threads: of the runtime; 0 is all cores.
+        threads: of the session; 0 is all cores.
         rounds: timed runs per point and batch size; None chooses them, and the batch sizes, by the model's size.
     """
-    session = open_session(model, threads)
     points, config = manifest.points, manifest.architecture
     group = 1 if config.moe is None else config.moe.group_images
 
