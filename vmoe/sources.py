@@ -107,6 +107,7 @@ def load_source(
         if config_path is not None:
             raise ConfigError(f"{path} brings its own configuration, {config_path} has no use")
         checkpoint = load_checkpoint(path)
+        _check_finite(path, checkpoint.state)
     elif source.kind == "state_dict":
         checkpoint = _load_state_dict(source.path, hints, config_path)
     else:
@@ -206,11 +207,7 @@ def _load_state_dict(path: Path, hints: Hints, config_path: Path | None) -> Chec
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in state.items()):
         raise CheckpointError(f"{path} holds no state dict, which maps names to tensors")
-    for name, value in state.items():
-        if not value.is_floating_point() or not value.isfinite().all():
-            raise CheckpointError(
-                f"{path}: parameter {name} should be finite numbers, found {value.dtype} or not finite"
-            )
+    _check_finite(path, state)
     state = {name: value.float().contiguous() for name, value in state.items()}
     if TIMM_MARK in state:
         config, state = from_timm(state, hints)
@@ -223,6 +220,15 @@ def _load_state_dict(path: Path, hints: Hints, config_path: Path | None) -> Chec
         expected = VisionTransformer(config).state_dict()
     check_parameters({name: tuple(p.shape) for name, p in expected.items()}, state)
     return _checkpoint(config, state, find_release(path.name))
+
+
+def _check_finite(path: Path, state: dict[str, Tensor]) -> None:
+    for name, value in state.items():
+        if not value.is_floating_point():
+            raise CheckpointError(f"{path}: parameter {name} should be floating-point numbers, found {value.dtype}")
+        if not (finite := value.isfinite()).all():
+            count = int((~finite).sum())
+            raise CheckpointError(f"{path}: parameter {name} should be finite, found {count} values that are not")
 
 
 def _tensors(parameters: dict[str, Array], config: ModelConfig) -> dict[str, Tensor]:

@@ -396,6 +396,26 @@ def test_state_dict_beside_its_configuration_is_the_model(tmp_path: Path) -> Non
         assert states_equal(loaded, checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.full((7,), float("nan")), "head.bias should be finite, found 7 values that are not"),
+        (torch.zeros(7, dtype=torch.int64), "head.bias should be floating-point numbers, found torch.int64"),
+    ],
+)
+def test_weights_that_are_no_finite_numbers_are_named_in_every_kind_of_state(
+    tmp_path: Path, value: Tensor, message: str
+) -> None:
+    _, checkpoint = load_case("map_head")
+    damaged = replace(checkpoint, state=checkpoint.state | {"head.bias": value})
+    save_checkpoint(tmp_path / "directory", damaged)
+    (tmp_path / "config.json").write_text(checkpoint.config.to_json())
+    torch.save(damaged.state, tmp_path / "model.pt")
+    for path in (tmp_path / "directory", tmp_path / "model.pt"):
+        with pytest.raises(CheckpointError, match=f"{path}: parameter {message}"):
+            load_source(path)
+
+
 def test_state_dict_without_configuration_asks_for_it(tmp_path: Path) -> None:
     torch.save({"head.weight": torch.zeros(2, 2)}, tmp_path / "model.pt")
     with pytest.raises(ConfigError, match=r"does not tell its architecture.*--config"):
