@@ -24,6 +24,10 @@ from vmoe.preprocess import Preprocessing, normalize
 # Gates closer than float32 rounding may be ranked either way. Over 256 images and 10 points none of the shipped model's
 # 2,560 comparisons is affected, 1 of an earlier model's was; a graph that routes wrongly is off in most of them.
 MAX_REROUTED = 0.01
+# The same 1 % for the shipped model's 196 decisions per image (49 tokens in 4 layers): larger models have more to tie.
+MAX_REROUTED_PER_DECISION = 5e-5
+# One tie may show at every point. With fewer images than these it proves nothing, and none may differ.
+FEWEST_IMAGES_WITH_A_TIE = 4
 
 
 class ParityError(ValueError):
@@ -137,12 +141,21 @@ def check_parity(
         raise ParityError(
             f"logits of the graph differ from the model's by {worst:.3g}{where}, allowed is {tolerance:g}"
         )
-    if parity.rerouted > MAX_REROUTED:
+    if parity.rerouted > (explained := _explained_by_rounding(config, len(answers), count)):
         raise ParityError(
             f"the graph routes {parity.rerouted:.2%} of the images differently from the model, "
-            f"rounding explains at most {MAX_REROUTED:.0%}"
+            f"rounding explains at most {explained:.0%}"
         )
     return parity
+
+
+def _explained_by_rounding(config: ModelConfig, num_points: int, num_comparisons: int) -> float:
+    """Share of the comparisons that may be rerouted by ties: of decisions, and of one image or group at all points."""
+    if config.moe is None:
+        return 0.0
+    share = max(MAX_REROUTED, MAX_REROUTED_PER_DECISION * config.tokens_per_image * len(config.moe.layers))
+    groups = num_comparisons // (num_points * config.moe.group_images)
+    return max(share, 1 / groups) if groups >= FEWEST_IMAGES_WITH_A_TIE else share
 
 
 def _batches(config: ModelConfig, num_images: int) -> Iterator[slice]:
