@@ -30,8 +30,8 @@ BATCH_SIZES: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
 PARITY_IMAGES = 256  # chosen: half a minute for the shipped model; half of them seeded noise when there are real images
 
 # Multiply-accumulates of a default export, chosen: 2 cores of an AMD EPYC with AVX-512 do some 1e11 a second (B/16, one
-# image), so that parity takes minutes and the profile about five, and S/32 at 224 pixels is the first that feels it.
-PARITY_MACS, LATENCY_MACS = 1e13, 3e13
+# image): two minutes for parity and three for the profile. S/32 at 224 pixels is the first that feels it.
+PARITY_MACS, LATENCY_MACS = 1e13, 2e13
 FEWEST_PARITY_IMAGES, FEWEST_ROUNDS = 4, 5  # chosen: a minute more is better than a comparison of nothing
 
 # Of a batch whose size is free, so that activations stay small beside the weights: those of 64 images of B/16 at 384
