@@ -86,6 +86,25 @@ def test_default_effort_of_a_large_model_shrinks_rounds_then_batch_sizes() -> No
     assert effort_of("vmoe_h14_last2_e32") == Effort(4, 11, (1,))
 
 
+@pytest.mark.parametrize(
+    ("row", "name", "image_size"),
+    [
+        ("shipped model", "vmoe_fashion_mnist", None),
+        ("S/32, 8 experts", "vmoe_s32_last2_e8", None),
+        ("B/16, 8 experts in 6 blocks", "vmoe_b16_every2_e8", None),
+        ("B/16 at 384 pixels", "vmoe_b16_every2_e8", 384),
+        ("L/16, 32 experts in 2 blocks", "vmoe_l16_last2_e32", None),
+        ("H/14, 32 experts in 2 blocks", "vmoe_h14_last2_e32", None),
+    ],
+)
+def test_default_effort_is_the_one_in_the_documentation(row: str, name: str, image_size: int | None) -> None:
+    effort = effort_of(name, image_size)
+    largest = effort.batch_sizes[-1]
+    batches = {1: "1", 2: "1, 2"}.get(largest, f"1 to {largest}")
+    documentation = (Path(__file__).parents[2] / "docs" / "conversion.md").read_text()
+    assert f"| {row} | {effort.parity_images} | {effort.rounds} | {batches} |\n" in documentation
+
+
 def test_default_effort_never_ends_at_nothing() -> None:
     assert effort_of("vmoe_h14_last2_e32", 1400) == Effort(4, 5, (1,))
 
