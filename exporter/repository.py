@@ -26,6 +26,7 @@ def write_bundle(
     """Writes the bundle `directory` atomically; whatever stood there is replaced only by a complete bundle.
 
     Arguments:
+        graph: loses its weights when they are in the file, for `finish` opens that and would hold them twice.
         finish: gets the path of the written graph and returns the manifest, with `files` still empty. Parity check and
             profile run here: when they raise, nothing is left behind.
         inline_bytes: weights beyond this go into a file of their own, one after the other.
@@ -35,6 +36,8 @@ def write_bundle(
         model.parent.mkdir()
         external = graph_bytes(graph) > inline_bytes
         ir.save(graph, model, external_data=Path(WEIGHTS_FILE).name if external else None)
+        for value in graph.graph.initializers.values():
+            value.const_value = None
         manifest = finish(model)
         (temporary / LABELS_FILE).write_text("".join(f"{label}\n" for label in manifest.labels))
         (temporary / "config.pbtxt").write_text(triton_config(graph, manifest))
