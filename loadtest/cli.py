@@ -82,9 +82,15 @@ def simulate_command(
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(setup.policy.name, total=len(requests))
             if bounding:
-                report = oracle_report(
-                    requests, oracle(requests, active, subject.ladder, machine, workers=workers), setup
+                bound = oracle(
+                    requests,
+                    active,
+                    subject.ladder,
+                    machine,
+                    workers=workers,
+                    progress=lambda share: progress.update(task, completed=share * len(requests)),
                 )
+                report = oracle_report(requests, bound, setup)
             else:
                 scheduler = subject.scheduler(active, max_batch_size=max_batch_size, workers=workers)
                 outcomes = simulate(

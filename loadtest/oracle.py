@@ -31,7 +31,7 @@ time grid rounded in favour of the schedule. Where both apply, the smaller is re
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -39,15 +39,19 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from loadtest.batch_bound import batch_bound
+from loadtest.batch_bound import STEPS_PER_BATCH, batch_bound
 from loadtest.report import Oracle
 from loadtest.simulator import Machine, budgets_of
 from loadtest.trace import Trace
+from server.budgets import Budget
 from server.ladder import Ladder
 from server.policy_file import ActivePolicy
 
 FLUID: Final = "fluid: preemptive, fractional, every image in its cheapest batch"
 BATCHES: Final = "batches: optimal batches on a time grid, rounded in favour of the schedule"
+_EPSILON_S: Final = 1e-9  # sums of floats in another order; in favour of the schedule
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,12 @@ class Demand:
     """Requests of one kind.
 
     Attributes:
-        arrival_s, deadline_s: (M,) absolute.
+        arrival_s, deadline_s: (M,) absolute; the longest window stands for all when batches are chosen.
         rungs: those at which they may be answered, ascending.
     """
 
-    arrival_s: npt.NDArray[np.float64]
-    deadline_s: npt.NDArray[np.float64]
+    arrival_s: Floats
+    deadline_s: Floats
     rungs: tuple[int, ...]
 
 
@@ -71,13 +75,15 @@ def oracle(
     machine: Machine,
     *,
     workers: int,
-    batches: bool = True,
+    steps_per_batch: int | None = STEPS_PER_BATCH,
+    progress: Callable[[float], None] = lambda done: None,
 ) -> Oracle | None:
     """The bound on a trace; None where the accuracy of a rung is unknown.
 
     Arguments:
         active: gives budgets with their ranges and deadlines; its policy does not matter.
-        batches: False for the fluid bound alone, which takes a second instead of up to a minute.
+        steps_per_batch: how fine the grid of the bound over batches is; None for the fluid bound alone, which takes a
+            second instead of up to a minute.
     """
     accuracies = [rung.accuracy for rung in ladder.rungs if rung.accuracy is not None]
     if len(accuracies) < len(ladder):
@@ -92,28 +98,43 @@ def oracle(
     relative_s = np.where(
         np.isnan(trace.deadline_s), np.array([b.deadline_s for b in budgets])[trace.budget], trace.deadline_s
     )
-    demands = [
-        Demand(
-            trace.arrival_s[mask],
-            (trace.arrival_s + relative_s)[mask],
-            tuple(range(budget.floor, budget.ceiling + 1)),
-        )
-        for code, budget in enumerate(budgets)
-        for deadline_s in np.unique(relative_s[trace.budget == code])
-        if (mask := (trace.budget == code) & (relative_s == deadline_s)).any()
-    ]
+    demands = _demands(trace, budgets, relative_s, np.cumsum(increments, axis=1))
     bound, method = fluid_bound(demands, values, increments, workers), FLUID
-    if batches and workers == 1 and len(demands) == 1:
-        tighter = batch_bound(demands[0].arrival_s, float(relative_s[0]), demands[0].rungs, values, increments)
+    alike = len(demands) == 1 and np.ptp(relative_s) == 0
+    if steps_per_batch is not None and workers == 1 and alike:
+        tighter = batch_bound(
+            demands[0].arrival_s,
+            float(relative_s[0]),
+            demands[0].rungs,
+            values,
+            increments,
+            steps_per_batch=steps_per_batch,
+            progress=progress,
+        )
         if tighter < bound:
             bound, method = tighter, BATCHES
     return Oracle(effective_accuracy=bound / len(trace), method=method)
 
 
+def _demands(trace: Trace, budgets: Sequence[Budget], relative_s: Floats, medians_s: Floats) -> list[Demand]:
+    """Requests by budget and by what their deadline, from the arrival, has room for: the same rungs and batch sizes."""
+    limits_s = np.sort(np.concatenate([medians_s[0, 1:], medians_s[:, 1]]))
+    room = np.searchsorted(limits_s, relative_s + _EPSILON_S, side="right")
+    kinds, kind = np.unique(np.stack([trace.budget, room]), axis=1, return_inverse=True)
+    return [
+        Demand(
+            trace.arrival_s[kind == index],
+            (trace.arrival_s + relative_s)[kind == index],
+            tuple(range(budgets[code].floor, budgets[code].ceiling + 1)),
+        )
+        for index, code in enumerate(kinds[0].tolist())
+    ]
+
+
 def fluid_bound(
     demands: Sequence[Demand],
-    values: npt.NDArray[np.float64],
-    increments: npt.NDArray[np.float64],
+    values: Floats,
+    increments: Floats,
     workers: int,
 ) -> float:
     """Most value that can be earned.
@@ -133,9 +154,7 @@ def fluid_bound(
     return total
 
 
-def _layers(
-    demands: Sequence[Demand], values: npt.NDArray[np.float64], medians_s: npt.NDArray[np.float64]
-) -> list[int]:
+def _layers(demands: Sequence[Demand], values: Floats, medians_s: Floats) -> list[int]:
     """The rungs by which work is counted: the cheapest, the ends of every range, and the corners of the envelope.
 
     Each further layer makes the sum of minima a little smaller, so there should be no more than matter.
@@ -147,14 +166,9 @@ def _layers(
     return sorted({0, *ends, *corners})
 
 
-def _envelope(
-    demand: Demand, values: npt.NDArray[np.float64], medians_s: npt.NDArray[np.float64], layers: Sequence[int]
-) -> list[tuple[float, float]]:
-    """(slope, s) of each piece of h, steepest first; none where no answer can be in time.
-
-    Demands of one kind share their relative deadline up to the rounding of a sum: the longest is taken.
-    """
-    relative_s = float((demand.deadline_s - demand.arrival_s).max()) + 1e-9
+def _envelope(demand: Demand, values: Floats, medians_s: Floats, layers: Sequence[int]) -> list[tuple[float, float]]:
+    """(slope, s) of each piece of h, steepest first; none where no answer can be in time."""
+    relative_s = float((demand.deadline_s - demand.arrival_s).max()) + _EPSILON_S
     most = int(np.searchsorted(medians_s[0], relative_s, side="right")) - 1
     if most < 1:
         return []

@@ -13,7 +13,7 @@ def print_report(report: Report, console: Console) -> None:
     """Summary, budgets where there are several, and operating points."""
     if report.oracle is not None:
         console.print(f"oracle: effective accuracy at most {_percent(report.oracle.effective_accuracy)} %")
-        console.print(f"        {report.oracle.method}")
+        console.print(report.oracle.method, soft_wrap=True)
     else:
         console.print(_budgets(report))
         console.print(_points(report))

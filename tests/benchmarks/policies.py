@@ -30,6 +30,7 @@ from tests.benchmarks.policy_traces import DURATION_S, TRACES, draw
 BUNDLE = Path("model_repository/vmoe-fashion-mnist")
 OUT = Path("docs/bench")
 FIRST_SEED = 101
+STEPS_PER_BATCH = 8  # of the oracle: within 0.1 % of a grid four times as fine, in a tenth of its time
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def compare(bundle: Path, trace_name: str, seed: int) -> list[Result]:
     trace = draw(trace_name, capacity_hz(subject), seed)
     machine = Machine(subject.latency(), seed=seed)
     everybody = contenders(subject)
-    bound = oracle(trace, everybody["foresight"], subject.ladder, machine, workers=1)
+    bound = oracle(trace, everybody["foresight"], subject.ladder, machine, workers=1, steps_per_batch=STEPS_PER_BATCH)
     if bound is None:
         raise SystemExit(f"{bundle} has no measured accuracies; export it with --images")
     results = []

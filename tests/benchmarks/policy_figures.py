@@ -21,7 +21,7 @@ def markdown(results: Sequence[Result], decision_us: dict[str, dict[str, float]]
     for trace in dict.fromkeys(result.trace for result in results):
         parts.append(
             f"### {trace}\n\n"
-            "| policy | in time % | accuracy % | effective acc. % | shed % | missed % | of oracle % | foresight leads by |\n"
+            "| policy | in time % | accuracy % | effective % | shed % | missed % | of oracle % | foresight leads by |\n"
             "| --- | --: | --: | --: | --: | --: | --: | --: |\n"
         )
         here = [result for result in results if result.trace == trace]
