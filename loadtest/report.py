@@ -29,6 +29,7 @@ from server.ladder import Ladder
 SCHEMA_VERSION: Final = 1
 NO_ACCURACY = "the bundle was exported without images: no accuracy was measured"
 NO_ANSWERS = "nothing was answered"
+NO_REQUESTS = "nothing was offered"
 _DEGRADED = [code for code, reason in enumerate(SERVE_REASONS) if reason in ("slack", "load")]
 
 
@@ -133,11 +134,7 @@ def summarise(trace: Trace, outcomes: Outcomes, ladder: Ladder, setup: Setup) ->
     figures = _figures(outcomes, ladder, everybody)
     rungs = outcomes.rung[outcomes.answered]
     counts = np.bincount(rungs, minlength=len(ladder)).tolist()
-    unknown = {}
-    if figures.effective_accuracy is None:
-        unknown["effective_accuracy"] = NO_ACCURACY
-    if figures.mean_accuracy is None:
-        unknown["mean_accuracy"] = NO_ACCURACY if figures.answered else NO_ANSWERS
+    unknown = _unknown(figures, _accuracies(ladder) is not None)
     return Report(
         **dict(figures),
         setup=setup,
@@ -220,6 +217,17 @@ def _figures(outcomes: Outcomes, ladder: Ladder, mask: npt.NDArray[np.bool_]) ->
         latency_s=_quantiles(outcomes.latency_s[mask]),
         shed_by_reason=dict(zip(SHED_REASONS, shed, strict=True)),
     )
+
+
+def _unknown(figures: Figures, accuracies_known: bool) -> dict[str, str]:
+    """Why each figure that is null is so."""
+    nothing = NO_ANSWERS if figures.offered else NO_REQUESTS
+    reasons = {name: nothing for name, value in figures if value is None}
+    if not accuracies_known:
+        reasons |= dict.fromkeys(("mean_accuracy", "effective_accuracy"), NO_ACCURACY)
+    if figures.latency_s.p50 is None:
+        reasons["latency_s"] = "nobody was admitted" if figures.offered else NO_REQUESTS
+    return reasons
 
 
 def _accuracies(ladder: Ladder) -> npt.NDArray[np.float64] | None:

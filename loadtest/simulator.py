@@ -32,6 +32,8 @@ from server.policy_file import ActivePolicy
 from server.scheduler import Batch, Scheduler
 
 _CHUNK = 1 << 14  # requests between two reports of progress, and normals drawn at once
+_REASON_CODES = {reason: code for code, reason in enumerate(SERVE_REASONS)}
+_SHED_CODES = {reason: Outcome.SHED + code for code, reason in enumerate(SHED_REASONS)}
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,6 @@ class _Run:
     def offer_all(self, start: int, stop: int, budgets: list[Budget]) -> None:
         """Requests `start` to `stop` of the trace, and all that happens before the last of them."""
         trace, ends, scheduler, outcome = self._trace, self._ends, self._scheduler, self._out.outcome
-        shed_codes = {reason: Outcome.SHED + code for code, reason in enumerate(SHED_REASONS)}
         part = slice(start, stop)
         own_s = np.array([budget.deadline_s for budget in budgets])[trace.budget[part]]
         asked_s = trace.deadline_s[part]
@@ -151,7 +152,7 @@ class _Run:
             request = Request(now, deadline_s, budget, budget.floor, budget.ceiling, payload=index)
             refusal = scheduler.offer(request, now)
             if refusal is not None:
-                outcome[index] = shed_codes[refusal.reason]
+                outcome[index] = _SHED_CODES[refusal.reason]
             if scheduler.free_workers:
                 self._dispatch(now)
 
@@ -209,6 +210,3 @@ class _Run:
         out.latency_s[index] = end_s - arrival_s
         assert not (out.outcome == Outcome.unfinished).any(), "the scheduler has lost a request"
         return replace(out, batch_size=sizes.astype(np.uint16), decision_s=np.array(self._decisions, np.float32))
-
-
-_REASON_CODES = {reason: code for code, reason in enumerate(SERVE_REASONS)}

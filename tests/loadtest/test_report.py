@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loadtest.outcomes import SERVE_REASONS, SHED_REASONS, Outcome, Outcomes
-from loadtest.report import NO_ACCURACY, NO_ANSWERS, Oracle, Report, Setup, oracle_report, summarise
+from loadtest.report import NO_ACCURACY, NO_ANSWERS, NO_REQUESTS, Oracle, Report, Setup, oracle_report, summarise
 from loadtest.trace import Trace
 from server.ladder import Ladder, Rung
 from vmoe.operating_point import OperatingPoint
@@ -94,14 +94,18 @@ def test_report_when_nothing_was_answered_then_effective_accuracy_is_zero_and_me
     nothing.outcome[:] = SHED
     report = summarise(Trace.of([1.0]), nothing, ladder(0.8, 0.9), setup)
     assert report.effective_accuracy == 0.0
-    assert report.unknown == {"mean_accuracy": NO_ANSWERS}
+    assert report.unknown == {
+        "mean_accuracy": NO_ANSWERS,
+        "degraded_ratio": NO_ANSWERS,
+        "latency_s": "nobody was admitted",
+    }
     assert report.latency_s.p99 is None
 
 
 def test_report_when_the_trace_is_empty_then_ratios_are_null_and_the_reason_is_given(setup: Setup) -> None:
     report = summarise(Trace.of([]), Outcomes.empty(0), ladder(0.8, 0.9), setup)
     assert (report.offered, report.slo_attainment, report.rate_hz) == (0, None, None)
-    assert "effective_accuracy" in report.unknown
+    assert report.unknown["effective_accuracy"] == NO_REQUESTS
 
 
 def test_report_when_written_and_read_then_it_is_the_same(setup: Setup) -> None:
