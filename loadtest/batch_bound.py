@@ -65,7 +65,7 @@ def batch_bound(
     deadline_s: float,
     rungs: Sequence[int],
     values: Floats,
-    increments: Floats,
+    medians_s: Floats,
     *,
     steps_per_batch: int = STEPS_PER_BATCH,
     progress: Callable[[float], None] = lambda done: None,
@@ -77,15 +77,15 @@ def batch_bound(
         deadline_s: from the arrival.
         rungs: at which an answer may be given.
         values: (P,) of an answer in time.
-        increments: (P, N + 1) s, what the n-th image adds at each rung, not descending in the rung.
+        medians_s: (P, N + 1) of n images at each rung; what the n-th adds does not descend in the rung.
         progress: called with the share that is done.
     """
-    cheapest_s = np.cumsum(increments[rungs[0]])
+    cheapest_s = medians_s[rungs[0]]
     largest = int(np.searchsorted(cheapest_s, deadline_s + 1e-9, side="right")) - 1
     if largest < 1:
         return 0.0
     step_s = _step_s(cheapest_s[1 : largest + 1], steps_per_batch)
-    choices = _choices(increments[:, : largest + 1], rungs, values, step_s)
+    choices = _choices(np.diff(medians_s[:, : largest + 1], axis=1, prepend=0.0), rungs, values, step_s)
     # Rounding errors of the division must not shorten a window.
     arrivals = np.floor(arrival_s / step_s - 1e-9).astype(np.int64).clip(0)
     deadlines = np.floor((arrival_s + deadline_s) / step_s + 1e-9).astype(np.int64)

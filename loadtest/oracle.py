@@ -93,13 +93,13 @@ def oracle(
     values = np.array(accuracies)
     # A machine that is slower for a while is bounded by one that never is.
     speed = min(machine.slowdown, 1.0) if machine.slow_until_s < np.inf or machine.slow_from_s > 0 else machine.slowdown
-    increments = machine.latency.increments() * speed
+    medians_s = np.array(machine.latency.median_s) * speed
     budgets = budgets_of(trace, active)
     relative_s = np.where(
         np.isnan(trace.deadline_s), np.array([b.deadline_s for b in budgets])[trace.budget], trace.deadline_s
     )
-    demands = _demands(trace, budgets, relative_s, np.cumsum(increments, axis=1))
-    bound, method = fluid_bound(demands, values, increments, workers), FLUID
+    demands = _demands(trace, budgets, relative_s, medians_s)
+    bound, method = fluid_bound(demands, values, medians_s, workers), FLUID
     alike = len(demands) == 1 and np.ptp(relative_s) == 0
     if steps_per_batch is not None and workers == 1 and alike:
         tighter = batch_bound(
@@ -107,7 +107,7 @@ def oracle(
             float(relative_s[0]),
             demands[0].rungs,
             values,
-            increments,
+            medians_s,
             steps_per_batch=steps_per_batch,
             progress=progress,
         )
@@ -134,16 +134,15 @@ def _demands(trace: Trace, budgets: Sequence[Budget], relative_s: Floats, median
 def fluid_bound(
     demands: Sequence[Demand],
     values: Floats,
-    increments: Floats,
+    medians_s: Floats,
     workers: int,
 ) -> float:
     """Most value that can be earned.
 
     Arguments:
         values: (P,) of an answer in time at each rung.
-        increments: (P, N + 1) s, what the n-th image adds at each rung, not descending in the rung.
+        medians_s: (P, N + 1) of n images at each rung; what the n-th adds does not descend in the rung.
     """
-    medians_s = np.cumsum(increments, axis=1)
     layers = _layers(demands, values, medians_s)
     envelopes = [_envelope(demand, values, medians_s, layers) for demand in demands]
     slopes = sorted({slope for envelope in envelopes for slope, _ in envelope}, reverse=True)

@@ -37,7 +37,7 @@ class Subject:
         subject.latency()
         return subject
 
-    def latency(self, max_batch_size: int | None = None, quantile: float = 0.95) -> LatencyModel:
+    def latency(self, max_batch_size: int | None = None, quantile: float = 0.9) -> LatencyModel:
         """A new latency model that starts from the profile.
 
         Raises:

@@ -153,7 +153,15 @@ def main(
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "policies.json").write_text(json.dumps(document, indent=1) + "\n")
-    text = markdown(results, times)
+    profile = subject.manifest.profile
+    header = (
+        f"Simulated on {date.today().isoformat()} by `{document['command']}` with the profile of `{bundle}`"
+        f" ({'unknown machine' if profile is None else f'{profile.machine}, {profile.runtime}, {profile.date}'}); "
+        f"full-accuracy capacity {capacity_hz(subject):.0f} images/s, {DURATION_S:.0f} s per trace, means over "
+        f"{seeds} seeds; noise as profiled, one worker, one budget. Leads are paired, ± standard error. Decision times "
+        f"on {document['machine']}, Python {platform.python_version()}.\n\n"
+    )
+    text = header + markdown(results, times)
     (out / "policies.md").write_text(text)
     plot(results, out / "policies.png")
     print(text)

@@ -64,6 +64,9 @@ def plot(results: Sequence[Result], path: Path) -> None:
         for policy, marker in zip(adaptive, "*Ds^vPX", strict=False):
             size = 14 if policy == OURS else 7
             panel.plot(*_points(here, [policy]), marker, markersize=size, label=policy, linestyle="", alpha=0.85)
+        attained = [100 * mean(here, policy, "slo_attainment") for policy in policies]
+        margin = max(0.05 * (max(attained) - min(attained)), 0.05)
+        panel.set_xlim(min(attained) - margin, max(attained) + margin)
         panel.set_title(trace, fontsize=10)
         panel.grid(alpha=0.3)
         panel.ticklabel_format(useOffset=False)

@@ -47,8 +47,8 @@ def test_bounds_when_there_is_one_worker_and_one_class_then_no_schedule_exceeds_
     best = optimum(asks, worth, model)
     arrivals = np.array(times)
     demand = Demand(arrivals, arrivals + deadline_s, rungs)
-    assert fluid_bound([demand], values, model.increments(), 1) >= best - TOLERANCE
-    assert batch_bound(arrivals, deadline_s, rungs, values, model.increments()) >= best - TOLERANCE
+    assert fluid_bound([demand], values, np.array(model.median_s), 1) >= best - TOLERANCE
+    assert batch_bound(arrivals, deadline_s, rungs, values, np.array(model.median_s)) >= best - TOLERANCE
 
 
 @settings(max_examples=100, deadline=None)
@@ -67,7 +67,7 @@ def test_fluid_bound_when_classes_and_workers_differ_then_no_schedule_exceeds_it
     ]
     best = optimum(asks, worth, model, workers)
     values = np.array(worth[: model.num_rungs])
-    assert fluid_bound(demands_of(asks), values, model.increments(), workers) >= best - TOLERANCE
+    assert fluid_bound(demands_of(asks), values, np.array(model.median_s), workers) >= best - TOLERANCE
 
 
 def test_batch_bound_when_the_grid_is_fine_then_it_meets_the_optimum_of_small_traces() -> None:
@@ -80,7 +80,7 @@ def test_batch_bound_when_the_grid_is_fine_then_it_meets_the_optimum_of_small_tr
         deadline_s = float(generator.uniform(0.004, 0.012))
         asks: list[Ask] = [(float(arrival), float(arrival) + deadline_s, (0, 1, 2)) for arrival in arrivals]
         best = optimum(asks, values.tolist(), model)
-        bound = batch_bound(arrivals, deadline_s, (0, 1, 2), values, model.increments(), steps_per_batch=400)
+        bound = batch_bound(arrivals, deadline_s, (0, 1, 2), values, np.array(model.median_s), steps_per_batch=400)
         # 6 requests, whose rungs differ by 0.02; a window that rounding opens would show as 0.9 more.
         assert best - TOLERANCE <= bound <= best + 6 * 0.02
 
@@ -94,7 +94,7 @@ def test_fluid_bound_when_mates_share_the_fixed_cost_then_a_cheap_image_is_charg
     model = LatencyModel([[0.011, 0.012, 0.013], [0.011, 0.022, 0.033]], np.full(3, 0.05), (1, 2, 3), 3)
     asks: list[Ask] = [(0.0, 0.014, (1,)), (0.0, 0.014, (0,)), (0.0, 0.014, (0,))]
     assert optimum(asks, [0.5, 1.0], model) == 2.0
-    assert fluid_bound(demands_of(asks), np.array([0.5, 1.0]), model.increments(), 1) >= 2.0 - TOLERANCE
+    assert fluid_bound(demands_of(asks), np.array([0.5, 1.0]), np.array(model.median_s), 1) >= 2.0 - TOLERANCE
 
 
 @pytest.mark.parametrize("load", [0.7, 1.5])
@@ -168,5 +168,5 @@ def test_oracle_when_every_request_has_its_own_deadline_then_the_bound_is_the_sa
     rungs = tuple(range(len(subject.ladder)))
     asks = [(float(a), float(a + d), rungs) for a, d in zip(arrivals, trace.deadline_s, strict=True)]
     values = np.array(subject.ladder.values)
-    single = fluid_bound(demands_of(asks), values, machine.latency.increments(), 1) / len(trace)
+    single = fluid_bound(demands_of(asks), values, np.array(machine.latency.median_s), 1) / len(trace)
     assert bound.effective_accuracy == pytest.approx(single)
