@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +142,10 @@ def test_generate_when_options_make_no_trace_then_the_error_says_why(
     result = invoke("generate", "poisson", *(part for pair in arguments.items() for part in pair))
     assert result.exit_code == 1
     assert message in result.output
+
+
+def test_loadtest_when_imported_then_torch_and_matplotlib_are_not() -> None:
+    code = "import sys, loadtest.cli; print(sorted({'torch', 'matplotlib', 'onnxruntime'} & set(sys.modules)))"
+    # In a process of its own: other tests of this one import them.
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
