@@ -28,9 +28,9 @@ def decision_us(subject: Subject, policy: PolicyName, *, mixed: bool, decisions:
     scheduler = subject.scheduler(active)
     budgets = cycle([active.budgets[name] for name in names])
     clock = count()
-    now, taken = 0.0, []
+    now, waiting, taken = 0.0, 0, []
     for _ in range(decisions):
-        while scheduler.queue.num_waiting < WAITING:
+        for _ in range(WAITING - waiting):
             now = next(clock) * _GAP_S
             budget = next(budgets)
             refusal = scheduler.offer(Request(now, now + budget.deadline_s, budget, budget.floor, budget.ceiling), now)
@@ -39,6 +39,7 @@ def decision_us(subject: Subject, policy: PolicyName, *, mixed: bool, decisions:
         batch, _ = scheduler.next_batch(now)
         taken.append(time.perf_counter() - before_s)
         assert batch is not None
+        waiting = WAITING - len(batch.requests)
         scheduler.on_batch_done(batch, now + batch.median_s)
     return 1e6 * median(taken)
 

@@ -136,8 +136,8 @@ def main(
     from tests.benchmarks.policy_figures import markdown, plot  # matplotlib takes a second
 
     subject = Subject.load(bundle)
+    times = decision_times(subject)  # first, while nothing else runs
     results = run_all(bundle, trace or list(TRACES), range(first_seed, first_seed + seeds), jobs)
-    times = decision_times(subject)
     document = {
         "command": f"python -m tests.benchmarks.policies --seeds {seeds} --first-seed {first_seed}",
         "date": date.today().isoformat(),
