@@ -81,7 +81,8 @@ class Subject:
         if workers < 1:
             raise LoadtestError(f"workers must be at least 1, got {workers}")
         latency = self.latency(max_batch_size, active.config.quantile)
-        return Scheduler(self.ladder, latency, active.build(), Limits(latency.max_batch_size, workers))
+        limits = Limits(latency.max_batch_size, workers)
+        return Scheduler(self.ladder, latency, active.build(), limits, horizon_s=active.horizon_s)
 
     def _read(self, path: Path) -> ActivePolicy:
         try:
