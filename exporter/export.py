@@ -23,6 +23,7 @@ from exporter.plan import Plan, plan
 from exporter.profiling import default_points, make_points
 from exporter.repository import write_bundle
 from exporter.session import open_session
+from exporter.triton_config import TritonOptions
 from vmoe.architecture import Hints
 from vmoe.checkpoint import Checkpoint
 from vmoe.data import LabelledImages
@@ -42,6 +43,7 @@ class ExportOptions:
         hints: what the checkpoint cannot tell, and overrides.
         points: operating points of the manifest; empty for the default ladder.
         max_selected_experts: largest K of the graph, None for the ladder's.
+        triton: how Triton shall run the model.
     """
 
     checkpoint: Path
@@ -58,6 +60,7 @@ class ExportOptions:
     parity_images: int
     threads: int
     rounds: int
+    triton: TritonOptions
 
 
 def plan_export(checkpoint: Path | None, hints: Hints, config: Path | None, dtype: WeightType) -> Plan:
@@ -108,7 +111,7 @@ def export_checkpoint(directory: Path, options: ExportOptions, console: Console)
         )
         return measure(manifest, model, options.images, data, options.threads, options.rounds, console)
 
-    return write_bundle(directory, graph, finish)
+    return write_bundle(directory, graph, finish, options.triton)
 
 
 def _load(options: ExportOptions, console: Console) -> Checkpoint:

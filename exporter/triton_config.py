@@ -65,7 +65,7 @@ def warmup_files(manifest: Manifest) -> dict[str, tuple[int, ...]]:
 
 
 def _lines(manifest: Manifest, options: TritonOptions) -> Iterator[str]:
-    yield "# Written by `python -m exporter`; `--triton-only` writes it again without an export."
+    yield "# Written by `python -m exporter`; --triton-only writes it again without an export."
     yield f'name: "{manifest.name}"'
     yield f'backend: "{options.backend}"'
     yield f"max_batch_size: {manifest.max_batch_size}"
@@ -107,7 +107,7 @@ def _queue() -> Iterator[str]:
 
 def _accelerator(options: TritonOptions) -> Iterator[str]:
     if options.backend == "onnxruntime" and options.device == "gpu":
-        yield "# CUDA by name: TensorRT would compile an engine for every number of kept tokens."
+        yield "# TensorRT would compile an engine for every number of kept tokens."
         yield 'optimization { execution_accelerators { gpu_execution_accelerator [ { name: "cuda" } ] } }'
 
 
