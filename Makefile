@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 MODEL ?= vmoe-fashion-mnist
 
-.PHONY: serve test lint train export clean
+.PHONY: serve test lint train export bench-policy clean
 
 serve: $(VENV)/.light
 	$(BIN)/python -m server --model-repository model_repository --model $(MODEL)
@@ -30,6 +30,10 @@ train: $(VENV)/.full $(FASHION_MNIST)
 export: $(VENV)/.full $(FASHION_MNIST)
 	$(BIN)/python -m exporter runs/vmoe-fashion-mnist/checkpoint --name vmoe-fashion-mnist --out model_repository \
 		--images $(FASHION_MNIST)
+
+# Every policy on every trace, simulated; writes table and plot into docs/bench.
+bench-policy: $(VENV)/.full
+	$(BIN)/python -m tests.benchmarks.policies
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'

@@ -108,7 +108,12 @@ class Parity(_Model):
 
 
 class Profile(_Model):
-    """Where and how the latencies were measured; `images` names the accuracy images and their number."""
+    """Where and how the latencies were measured; `images` names the accuracy images and their number.
+
+    Attributes:
+        rounds: timed runs per point and batch size, 0 where they were not recorded. With fewer than 100 the 99th
+            percentile is little else than the largest.
+    """
 
     machine: str
     runtime: str
@@ -116,6 +121,7 @@ class Profile(_Model):
     date: str
     images: str | None = None
     num_images: int = 0
+    rounds: int = Field(default=0, ge=0)
 
 
 class Provenance(_Model):

@@ -15,16 +15,15 @@ from rich.table import Table
 
 from exporter.bundle import Bundle, Manifest
 from exporter.measure import measure_bundle
-from exporter.profiling import ROUNDS
 from exporter.triton_config import TritonOptions
 from exporter.triton_directory import write_model_directory, write_triton_files
 from vmoe.architecture import Hints, parse_image_size
 from vmoe.operating_point import parse_point
+from vmoe.preprocess import parse_channel_values
 
 if TYPE_CHECKING:
     from exporter.plan import Plan
 
-PARITY_IMAGES = 256  # chosen: half a minute for the shipped model; half of them seeded noise when there are real images
 TOLERANCE = 1e-4  # absolute, in logits; the two runtimes agree to about 1e-5 on trained models
 
 app = typer.Typer(add_completion=False)
@@ -74,6 +73,13 @@ class TritonDeviceName(StrEnum):
     gpu = "gpu"
 
 
+class Fitting(StrEnum):
+    """How an image gets the model's size."""
+
+    stretch = "stretch"
+    center_crop = "center_crop"
+
+
 class Input(StrEnum):
     """What the graph's `images` are."""
 
@@ -116,15 +122,33 @@ def export(
         list[str] | None, typer.Option(help="Operating point C,K; repeat for several. Default: a ladder.")
     ] = None,
     max_selected_experts: Annotated[int | None, typer.Option(min=1, help="Largest K of the graph.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="Class names, one per line, instead of the checkpoint's.")] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|imagenet-1k", help="Class names, one per line, instead of the checkpoint's."),
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Of pixels scaled to 0..1, per channel: 0.485,0.456,0.406. Default: 0.5.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Per channel, as --mean.")] = None,
+    fit: Annotated[Fitting | None, typer.Option(help="How an image gets the model's size.")] = None,
+    crop_fraction: Annotated[
+        float | None, typer.Option(help="With center_crop: side of the crop over the scaled shorter side.")
+    ] = None,
     tolerance: Annotated[float, typer.Option(help="Largest difference of logits from PyTorch's.")] = TOLERANCE,
     threads: Annotated[int, typer.Option(help="Threads of the runtime; 0 is all cores.")] = 0,
     rounds: Annotated[
-        int, typer.Option(min=0, help="Timed runs per point and batch size; 0 measures no latency.")
-    ] = ROUNDS,
-    parity_images: Annotated[int, typer.Option(min=1, help="Images on which graph and model are compared.")] = (
-        PARITY_IMAGES
-    ),
+        int | None,
+        typer.Option(
+            min=0,
+            help="Timed runs per point and batch size; 0 measures no latency. Default: 100, fewer for a large model.",
+        ),
+    ] = None,
+    parity_images: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Images on which graph and model are compared. Default: 256, fewer for a large model."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the parameters of CHECKPOINT or --config; export nothing."),
@@ -197,6 +221,10 @@ def export(
                 group_images=group_images,
                 points=tuple(parse_point(text) for text in point or ()),
                 max_selected_experts=max_selected_experts,
+                mean=None if mean is None else parse_channel_values(mean),
+                std=None if std is None else parse_channel_values(std),
+                fit=None if fit is None else fit.value,
+                crop_fraction=crop_fraction,
                 labels=labels,
                 images=images,
                 tolerance=tolerance,

@@ -7,27 +7,32 @@ import hashlib
 import platform
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
 import onnxruntime
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from exporter.bundle import InputType, Manifest, Parity, Point, Provenance, WeightType, sha256
+from exporter.bundle import InputType, Manifest, Provenance, WeightType, sha256
 from exporter.graph import build_graph
 from exporter.measure import count_progress, labelled_images, measure, sample_images
-from exporter.parity import check_parity
+from exporter.parity import Answers, check_parity, model_answers
 from exporter.plan import Plan, plan
-from exporter.profiling import default_points, make_points
+from exporter.profiling import default_effort, default_points, make_points
 from exporter.repository import write_bundle
 from exporter.session import open_session
 from exporter.triton_config import TritonOptions
 from vmoe.architecture import Hints
 from vmoe.checkpoint import Checkpoint
+from vmoe.class_names import IMAGENET_1K, IMAGENET_1K_CLASSES, read_class_names
 from vmoe.data import LabelledImages
 from vmoe.operating_point import OperatingPoint
+from vmoe.preprocess import Fit
 from vmoe.sources import find_source, load_source, read_architecture
 
 MAX_BATCH_SIZE = 32
@@ -43,6 +48,9 @@ class ExportOptions:
         hints: what the checkpoint cannot tell, and overrides.
         points: operating points of the manifest; empty for the default ladder.
         max_selected_experts: largest K of the graph, None for the ladder's.
+        mean, std, fit, crop_fraction: None keeps the checkpoint's preprocessing.
+        labels: a file with a name per line, or `imagenet-1k`; None keeps the checkpoint's.
+        parity_images, rounds: None chooses them by the model's size, see `exporter.profiling.default_effort`.
         triton: how Triton shall run the model.
     """
 
@@ -54,12 +62,16 @@ class ExportOptions:
     group_images: int
     points: tuple[OperatingPoint, ...]
     max_selected_experts: int | None
-    labels: Path | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    fit: Fit | None
+    crop_fraction: float | None
+    labels: str | None
     images: Path | None
     tolerance: float
-    parity_images: int
+    parity_images: int | None
     threads: int
-    rounds: int
+    rounds: int | None
     triton: TritonOptions
 
 
@@ -68,13 +80,61 @@ def plan_export(checkpoint: Path | None, hints: Hints, config: Path | None, dtyp
     return plan(read_architecture(checkpoint, hints, config_path=config), dtype)
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What remains of a model when its parameters lie in a graph.
+
+    Attributes:
+        manifest: without parity, measurements and hashes.
+        samples: (B, H, W, channels), the images that `answers` are about.
+        data: the accuracy images.
+    """
+
+    manifest: Manifest
+    graph: ir.Model
+    samples: npt.NDArray[np.uint8]
+    answers: tuple[Answers, ...]
+    data: LabelledImages | None
+
+
 def export_checkpoint(directory: Path, options: ExportOptions, console: Console) -> Manifest:
     """Writes the bundle `directory`.
+
+    PyTorch answers before the graph is written, ONNX Runtime after that and when PyTorch's weights are gone: the two
+    never hold the weights together.
 
     Raises:
         ValueError, OSError: bad input, named in the message; nothing was written.
         ParityError: the graph answers differently from PyTorch; nothing was written.
     """
+    prepared = _prepare(directory.name, options, console)
+    data = prepared.data
+
+    def finish(model: Path) -> Manifest:
+        manifest = prepared.manifest
+        # One session for both: what a closed one gave back is in pieces, and a second raised the peak of B/16 with
+        # float16 weights by 0.15 and 0.46 GB in two comparisons.
+        session = open_session(model, options.threads)
+        with count_progress(console) as bar:
+            task = bar.add_task("parity, graph", total=len(prepared.samples) * len(prepared.answers))
+            parity = check_parity(
+                session,
+                manifest.architecture,
+                prepared.samples,
+                manifest.preprocessing,
+                prepared.answers,
+                normalized_input=manifest.input == "float32",
+                tolerance=options.tolerance,
+                advance=lambda count: bar.advance(task, count),
+            )
+        manifest = manifest.model_copy(update={"parity": parity})
+        return measure(manifest, session, options.images, data, options.threads, options.rounds, console)
+
+    return write_bundle(directory, prepared.graph, finish, options.triton)
+
+
+def _prepare(name: str, options: ExportOptions, console: Console) -> _Prepared:
+    """Reads the checkpoint and lets PyTorch answer; when this returns, the graph alone holds the parameters."""
     loaded = _load(options, console)
     config, preprocessing = loaded.config, loaded.preprocessing
     ladder = make_points(config, options.points or default_points(config)) if config.moe is not None else ()
@@ -82,9 +142,23 @@ def export_checkpoint(directory: Path, options: ExportOptions, console: Console)
     if config.moe is not None:
         most = max(options.max_selected_experts or 0, *(point.num_selected_experts for point in ladder))
     data = None if options.images is None else labelled_images(options.images, preprocessing, loaded.labels)
+    manifest = Manifest(
+        name=name,
+        architecture=config,
+        preprocessing=preprocessing,
+        labels=loaded.labels,
+        input=options.input_type,
+        weights=options.dtype,
+        max_selected_experts=most,
+        max_batch_size=MAX_BATCH_SIZE * options.group_images,
+        points=ladder,
+        provenance=_provenance(options.checkpoint),
+        files={},
+    )
+    model = loaded.model()
     state = {key: value.numpy() for key, value in loaded.state.items()}
     if config.position_embedding == "sincos2d":
-        state["sincos2d"] = loaded.model().sincos2d.numpy()
+        state["sincos2d"] = model.sincos2d.numpy()
     graph = build_graph(
         config,
         state,
@@ -93,25 +167,19 @@ def export_checkpoint(directory: Path, options: ExportOptions, console: Console)
         weight_type=options.dtype,
         max_selected_experts=most or None,
     )
-
-    def finish(model: Path) -> Manifest:
-        manifest = Manifest(
-            name=directory.name,
-            architecture=config,
-            preprocessing=preprocessing,
-            labels=loaded.labels,
-            input=options.input_type,
-            weights=options.dtype,
+    parity_images = options.parity_images or default_effort(config, ladder).parity_images
+    samples = sample_images(preprocessing, data, -(-parity_images // options.group_images) * options.group_images)
+    with count_progress(console) as bar:
+        task = bar.add_task("parity, model", total=len(samples) * max(1, len(ladder)))
+        answers = model_answers(
+            model,
+            samples,
+            preprocessing,
+            ladder,
             max_selected_experts=most,
-            max_batch_size=MAX_BATCH_SIZE * options.group_images,
-            points=ladder,
-            parity=_parity(loaded, model, data, ladder, options, console),
-            provenance=_provenance(options.checkpoint),
-            files={},
+            advance=lambda count: bar.advance(task, count),
         )
-        return measure(manifest, model, options.images, data, options.threads, options.rounds, console)
-
-    return write_bundle(directory, graph, finish, options.triton)
+    return _Prepared(manifest, graph, samples, answers, data)
 
 
 def _load(options: ExportOptions, console: Console) -> Checkpoint:
@@ -126,36 +194,16 @@ def _load(options: ExportOptions, console: Console) -> Checkpoint:
             progress=lambda read, total: bar.update(task, total=total, advance=read),
         )
     if options.labels is not None:
-        loaded = loaded.with_labels(tuple(options.labels.read_text().splitlines()))
-    loaded = loaded.with_group_images(options.group_images)
+        loaded = loaded.with_labels(read_class_names(options.labels))
+    elif len(loaded.labels) == IMAGENET_1K_CLASSES and all(map(str.isdecimal, loaded.labels)):
+        console.print(f"The classes are numbered. If they are ImageNet's, --labels {IMAGENET_1K} names them.")
+    preprocessing = loaded.preprocessing.overridden(
+        mean=options.mean, std=options.std, fit=options.fit, crop_fraction=options.crop_fraction
+    )
+    loaded = replace(loaded.with_group_images(options.group_images), preprocessing=preprocessing)
     if options.dtype != "float32":  # parity is checked against the model that is stored, not the one that was trained
-        loaded = loaded.rounded_to(torch.float16 if options.dtype == "float16" else torch.bfloat16)
+        loaded.round_to(torch.float16 if options.dtype == "float16" else torch.bfloat16)
     return loaded
-
-
-def _parity(
-    loaded: Checkpoint,
-    model: Path,
-    data: LabelledImages | None,
-    points: tuple[Point, ...],
-    options: ExportOptions,
-    console: Console,
-) -> Parity:
-    group = options.group_images
-    samples = sample_images(loaded.preprocessing, data, -(-options.parity_images // group) * group)
-    cases: list[Point | None] = [*points] or [None]
-    with count_progress(console) as bar:
-        task = bar.add_task("parity", total=len(samples) * len(cases))
-        return check_parity(
-            loaded.model(),
-            open_session(model, options.threads),
-            samples,
-            loaded.preprocessing,
-            cases,
-            normalized_input=options.input_type == "float32",
-            tolerance=options.tolerance,
-            advance=lambda count: bar.advance(task, count),
-        )
 
 
 def _provenance(checkpoint: Path) -> Provenance:

@@ -9,63 +9,82 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from exporter.bundle import Bundle, Manifest, write_manifest
-from exporter.profiling import BATCH_SIZES, describe_machine, measure_accuracy, measure_latency, with_accuracy
+from exporter.profiling import (
+    BATCH_SIZES,
+    default_effort,
+    describe_machine,
+    images_per_batch,
+    measure_accuracy,
+    measure_latency,
+    with_accuracy,
+)
 from exporter.session import open_session
 from vmoe.data import LabelledImages, check_classes, load_images
 from vmoe.preprocess import Preprocessing, normalize
 
 
-def measure_bundle(directory: Path, images: Path | None, threads: int, rounds: int, console: Console) -> Manifest:
+def measure_bundle(
+    directory: Path, images: Path | None, threads: int, rounds: int | None, console: Console
+) -> Manifest:
     """Measures a bundle again and replaces its manifest; accuracies stay where no images are given."""
     bundle = Bundle.load(directory)
     data = None if images is None else labelled_images(images, bundle.manifest.preprocessing, bundle.manifest.labels)
-    manifest = measure(bundle.manifest, bundle.model_path, images, data, threads, rounds, console)
+    session = open_session(bundle.model_path, threads)
+    manifest = measure(bundle.manifest, session, images, data, threads, rounds, console)
     write_manifest(directory, manifest)
     return manifest
 
 
 def measure(
     manifest: Manifest,
-    model: Path,
+    session: ort.InferenceSession,
     images: Path | None,
     data: LabelledImages | None,
     threads: int,
-    rounds: int,
+    rounds: int | None,
     console: Console,
 ) -> Manifest:
     """The manifest with accuracy (where there are images) and latency (where `rounds` is not 0) filled in.
 
     Arguments:
-        model: the graph.
+        session: the graph's.
         images: where `data` came from, for the record.
-        threads: of the runtime; 0 is all cores.
-        rounds: timed runs per point and batch size.
+        threads: of the session; 0 is all cores.
+        rounds: timed runs per point and batch size; None chooses them, and the batch sizes, by the model's size.
     """
-    session = open_session(model, threads)
     points, config = manifest.points, manifest.architecture
     group = 1 if config.moe is None else config.moe.group_images
 
     def prepare(batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.generic]:
         return normalize(batch, manifest.preprocessing) if manifest.input == "float32" else batch
 
-    profile = describe_machine(threads, None, 0)
-    if manifest.profile is not None:  # accuracy does not depend on the machine: keep it unless it is measured again
-        kept = {"images": manifest.profile.images, "num_images": manifest.profile.num_images}
-        profile = profile.model_copy(update=kept)
+    effort = default_effort(config, points)
+    batch_sizes = [size * group for size in (effort.batch_sizes if rounds is None else BATCH_SIZES)]
+    rounds = effort.rounds if rounds is None else rounds
+    profile = manifest.profile
+    if profile is None:
+        profile = describe_machine(threads, rounds=rounds)
+    elif rounds:  # accuracy does not depend on the machine: keep it unless it is measured again
+        profile = describe_machine(threads, images=profile.images, num_images=profile.num_images, rounds=rounds)
     with count_progress(console) as bar:
         if data is not None and points:
             task = bar.add_task("accuracy", total=len(data) * len(points))
             measured = measure_accuracy(
-                session, data, prepare, points, batch_size=32 * group, advance=lambda n: bar.advance(task, n)
+                session,
+                data,
+                prepare,
+                points,
+                batch_size=images_per_batch(config),
+                advance=lambda n: bar.advance(task, n),
             )
             points = with_accuracy(config, points, measured)
             profile = profile.model_copy(update={"images": str(images), "num_images": len(data)})
         if rounds:
-            batch_sizes = [size * group for size in BATCH_SIZES]
             task = bar.add_task("latency", total=rounds * len(points) * len(batch_sizes))
             samples = prepare(sample_images(manifest.preprocessing, data, max(batch_sizes)))
             points = measure_latency(

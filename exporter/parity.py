@@ -5,7 +5,8 @@ Axes: B images, L MoE layers, S tokens per image, K choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,70 +15,120 @@ import torch
 from torch.nn import functional
 
 from exporter.bundle import Parity, Point
+from exporter.profiling import images_per_batch
 from exporter.session import run
+from vmoe.config import ModelConfig
 from vmoe.model import RoutingStatistics, VisionTransformer
 from vmoe.preprocess import Preprocessing, normalize
 
 # Gates closer than float32 rounding may be ranked either way. Over 256 images and 10 points none of the shipped model's
 # 2,560 comparisons is affected, 1 of an earlier model's was; a graph that routes wrongly is off in most of them.
 MAX_REROUTED = 0.01
+# The same 1 % for the shipped model's 196 decisions per image (49 tokens in 4 layers): larger models have more to tie.
+MAX_REROUTED_PER_DECISION = 5e-5
+# One tie may show at every point. With fewer images than these it proves nothing, and none may differ.
+FEWEST_IMAGES_WITH_A_TIE = 4
 
 
 class ParityError(ValueError):
     """The graph and the model disagree; nothing gets exported."""
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What the model says of some images at one operating point, kept so that the model itself need not be.
+
+    Attributes:
+        point: None for a dense model.
+        logits: (B, num_classes) float32.
+        token_experts: (B, L, S, K) int16, the graph's output of that name; None for a dense model.
+    """
+
+    point: Point | None
+    logits: npt.NDArray[np.float32]
+    token_experts: npt.NDArray[np.int16] | None
+
+
 @torch.inference_mode()
-def check_parity(
+def model_answers(
     model: VisionTransformer,
-    session: ort.InferenceSession,
     images: npt.NDArray[np.uint8],
     preprocessing: Preprocessing,
-    points: Sequence[Point | None],
+    points: Sequence[Point],
     *,
-    normalized_input: bool,
-    tolerance: float = 1e-4,
-    batch_size: int = 64,
+    max_selected_experts: int,
     advance: Callable[[int], None] = lambda count: None,
-) -> Parity:
-    """Compares logits and routing of both on the same images at every point.
+) -> tuple[Answers, ...]:
+    """Runs the model at every point, or once when it is dense and has no points.
 
     Arguments:
         images: (B, H, W, channels); a rest that fills no routing group is left out.
+        max_selected_experts: the graph's.
+        advance: called with the number of answers done.
+    """
+    cases: list[Point | None] = [*points] or [None]
+    logits: list[list[npt.NDArray[np.float32]]] = [[] for _ in cases]
+    served: list[list[npt.NDArray[np.int16]]] = [[] for _ in cases]
+    moe = model.config.moe
+    choices = 0 if moe is None else moe.choices_per_token(max_selected_experts)
+    for batch in _batches(model.config, len(images)):
+        inputs = torch.from_numpy(normalize(images[batch], preprocessing))
+        for index, point in enumerate(cases):
+            tensors = (
+                (None, None) if point is None else model.operating_point_tensors(point.operating_point, len(inputs))
+            )
+            output = model(inputs, *tensors, with_statistics=point is not None)
+            logits[index].append(output.logits.numpy())
+            if output.statistics is not None:
+                served[index].append(token_experts(output.statistics, choices).numpy().astype(np.int16))
+            advance(len(inputs))
+    return tuple(
+        Answers(point, np.concatenate(logits[index]), np.concatenate(served[index]) if served[index] else None)
+        for index, point in enumerate(cases)
+    )
+
+
+def check_parity(
+    session: ort.InferenceSession,
+    config: ModelConfig,
+    images: npt.NDArray[np.uint8],
+    preprocessing: Preprocessing,
+    answers: Sequence[Answers],
+    *,
+    normalized_input: bool,
+    tolerance: float = 1e-4,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Parity:
+    """Compares logits and routing of the graph with the model's answers. Needs no torch, and so no second copy of the
+    weights.
+
+    Arguments:
+        images: those that the model answered: (B, H, W, channels).
         normalized_input: the graph takes float32 images that are normalised already.
         advance: called with the number of comparisons done.
 
     Raises:
         ParityError: names the point with the worst error.
     """
-    group = 1 if model.config.moe is None else model.config.moe.group_images
-    batch_size = max(group, batch_size - batch_size % group)
-    total = len(images) - len(images) % group
-    worst, worst_point, agreed, rerouted = 0.0, points[0], 0, 0
-    for start in range(0, total, batch_size):
-        batch = images[start : min(start + batch_size, total)]
-        inputs = normalize(batch, preprocessing)
-        for point in points:
-            names = ["logits"] if point is None else ["logits", "token_experts"]
-            found = run(session, inputs if normalized_input else batch, point, names)
-            tensors = (
-                (None, None) if point is None else model.operating_point_tensors(point.operating_point, len(batch))
-            )
-            expected = model(torch.from_numpy(inputs), *tensors, with_statistics=point is not None)
-            logits = expected.logits.numpy()
-            same = np.ones(len(batch), dtype=bool)
-            if expected.statistics is not None:
-                mine = token_experts(expected.statistics, found[1].shape[-1]).numpy()
-                same = (mine == found[1]).all(axis=(1, 2, 3))
-            error = float(np.abs(logits - found[0])[same].max(initial=0))
-            if not np.isfinite(found[0]).all():
+    worst, worst_point, agreed, rerouted, count = 0.0, answers[0].point, 0, 0, 0
+    for batch in _batches(config, len(images)):
+        inputs = normalize(images[batch], preprocessing) if normalized_input else images[batch]
+        for expected in answers:
+            names = ["logits"] if expected.token_experts is None else ["logits", "token_experts"]
+            outputs = run(session, inputs, expected.point, names)
+            logits, found = expected.logits[batch], np.asarray(outputs[0], np.float32)
+            same = np.ones(len(inputs), dtype=bool)
+            if expected.token_experts is not None:
+                same = (expected.token_experts[batch] == outputs[1]).all(axis=(1, 2, 3))
+            error = float(np.abs(logits - found)[same].max(initial=0))
+            if not np.isfinite(found).all():
                 error = float("inf")
             if error > worst:
-                worst, worst_point = error, point
-            agreed += int((logits.argmax(-1) == found[0].argmax(-1)).sum())
+                worst, worst_point = error, expected.point
+            agreed += int((logits.argmax(-1) == found.argmax(-1)).sum())
             rerouted += int((~same).sum())
-            advance(len(batch))
-    count = total * len(points)
+            count += len(inputs)
+            advance(len(inputs))
     parity = Parity(
         max_abs_error=worst,
         top1_agreement=agreed / count,
@@ -90,12 +141,29 @@ def check_parity(
         raise ParityError(
             f"logits of the graph differ from the model's by {worst:.3g}{where}, allowed is {tolerance:g}"
         )
-    if parity.rerouted > MAX_REROUTED:
+    if parity.rerouted > (explained := _explained_by_rounding(config, len(answers), count)):
         raise ParityError(
             f"the graph routes {parity.rerouted:.2%} of the images differently from the model, "
-            f"rounding explains at most {MAX_REROUTED:.0%}"
+            f"rounding explains at most {explained:.0%}"
         )
     return parity
+
+
+def _explained_by_rounding(config: ModelConfig, num_points: int, num_comparisons: int) -> float:
+    """Share of the comparisons that may be rerouted by ties: of decisions, and of one image or group at all points."""
+    if config.moe is None:
+        return 0.0
+    share = max(MAX_REROUTED, MAX_REROUTED_PER_DECISION * config.tokens_per_image * len(config.moe.layers))
+    groups = num_comparisons // (num_points * config.moe.group_images)
+    return max(share, 1 / groups) if groups >= FEWEST_IMAGES_WITH_A_TIE else share
+
+
+def _batches(config: ModelConfig, num_images: int) -> Iterator[slice]:
+    """Batches of whole routing groups; a rest that fills no group is left out."""
+    group = 1 if config.moe is None else config.moe.group_images
+    size, total = images_per_batch(config), num_images - num_images % group
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
 
 
 def token_experts(statistics: RoutingStatistics, max_selected_experts: int) -> torch.Tensor:

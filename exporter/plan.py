@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from exporter.bundle import WeightType
-from exporter.graph import STORED_TYPES
+from exporter.tape import STORED_TYPES
 from vmoe.config import ModelConfig
 from vmoe.model import VisionTransformer
 

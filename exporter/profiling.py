@@ -26,7 +26,17 @@ from vmoe.operating_point import OperatingPoint
 
 # Chosen, not tuned: 100 rounds are the fewest in which a 99th percentile is an observation and not the maximum.
 ROUNDS = 100
-BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+BATCH_SIZES: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+PARITY_IMAGES = 256  # chosen: half a minute for the shipped model; half of them seeded noise when there are real images
+
+# Multiply-accumulates of a default export, chosen: 2 cores of an AMD EPYC with AVX-512 do some 1e11 a second (B/16, one
+# image): two minutes for parity and three for the profile. S/32 at 224 pixels is the first that feels it.
+PARITY_MACS, LATENCY_MACS = 1e13, 2e13
+FEWEST_PARITY_IMAGES, FEWEST_ROUNDS = 4, 5  # chosen: a minute more is better than a comparison of nothing
+
+# Of a batch whose size is free, so that activations stay small beside the weights: those of 64 images of B/16 at 384
+# pixels would be four times the weights. Chosen; the shipped model reaches the 64 images.
+ACTIVATION_BYTES, MOST_IMAGES_PER_BATCH = 2**26, 64
 # Capacity factors of the default ladder below the configured one: halves and quarters, down to an eighth.
 LADDER = (0.125, 0.25, 0.5, 0.75)
 
@@ -37,6 +47,21 @@ class LabelledImages(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]: ...
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How closely a bundle is looked at.
+
+    Attributes:
+        parity_images: images on which graph and model are compared at every point.
+        rounds: timed runs per point and batch size.
+        batch_sizes: that are timed, in routing groups.
+    """
+
+    parity_images: int
+    rounds: int
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
 
 
 @dataclass(frozen=True)
@@ -57,6 +82,42 @@ def default_points(config: ModelConfig) -> tuple[OperatingPoint, ...]:
         return ()
     factors = [c for c in LADDER if c < full.capacity_factor] + [full.capacity_factor]
     return tuple(OperatingPoint(c, k) for k in range(1, full.num_selected_experts + 1) for c in factors)
+
+
+def default_effort(config: ModelConfig, points: Sequence[Point]) -> Effort:
+    """What a default export can afford: minutes on two cores, whatever the size of the model.
+
+    With M the multiply-accumulates of one image at all points:
+
+        parity images    as many as PARITY_MACS pay for in both runtimes: PARITY_MACS / 2M, from FEWEST_PARITY_IMAGES to
+                         PARITY_IMAGES
+        rounds           LATENCY_MACS / (M * sum of the batch sizes), less one for the warm-up, at most ROUNDS
+        batch sizes      all; while that leaves fewer than FEWEST_ROUNDS, the largest is dropped. One image is always
+                         timed, FEWEST_ROUNDS times.
+    """
+    group = 1 if config.moe is None else config.moe.group_images
+    macs = sum(macs_per_image(config, _assignments(config, point)) for point in points) or macs_per_image(config, ())
+    images = max(FEWEST_PARITY_IMAGES, min(PARITY_IMAGES, int(PARITY_MACS / (2 * macs))))
+    batch_sizes = BATCH_SIZES
+    while (rounds := int(LATENCY_MACS / (macs * group * sum(batch_sizes))) - 1) < FEWEST_ROUNDS:
+        if len(batch_sizes) == 1:
+            rounds = FEWEST_ROUNDS
+            break
+        batch_sizes = batch_sizes[:-1]
+    return Effort(images, min(ROUNDS, rounds), batch_sizes)
+
+
+def images_per_batch(config: ModelConfig) -> int:
+    """Images of a batch that need not have a certain size, in whole routing groups; see ACTIVATION_BYTES.
+
+    The activations of a token that live at once are taken to be 6 D (residual, norm, queries, keys, values, output),
+    4 F (both sides of GELU for two experts) and 2 H S (scores and attention weights) floats.
+    """
+    group = 1 if config.moe is None else config.moe.group_images
+    tokens = config.tokens_per_image
+    floats = 6 * config.hidden_size + 4 * config.mlp_dim + 2 * config.num_heads * tokens
+    images = min(MOST_IMAGES_PER_BATCH, ACTIVATION_BYTES // (4 * tokens * floats))
+    return max(1, images // group) * group
 
 
 def macs_per_image(config: ModelConfig, kept_assignments: Sequence[float]) -> float:
@@ -193,8 +254,8 @@ def measure_latency(
     )
 
 
-def describe_machine(threads: int, images: str | None, num_images: int) -> Profile:
-    """Where a profile was taken."""
+def describe_machine(threads: int, *, images: str | None = None, num_images: int = 0, rounds: int = 0) -> Profile:
+    """Where and how a profile was taken."""
     return Profile(
         machine=f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
         runtime=f"onnxruntime {ort.__version__}",
@@ -202,6 +263,7 @@ def describe_machine(threads: int, images: str | None, num_images: int) -> Profi
         date=datetime.date.today().isoformat(),
         images=images,
         num_images=num_images,
+        rounds=rounds,
     )
 
 

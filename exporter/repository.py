@@ -27,6 +27,7 @@ def write_bundle(
     """Writes the bundle `directory` atomically; whatever stood there is replaced only by a complete bundle.
 
     Arguments:
+        graph: loses its weights when they are in the file, for `finish` opens that and would hold them twice.
         finish: gets the path of the written graph and returns the manifest, with `files` still empty. Parity check and
             profile run here: when they raise, nothing is left behind.
         triton: how Triton shall run the model.
@@ -37,6 +38,8 @@ def write_bundle(
         model.parent.mkdir()
         external = graph_bytes(graph) > inline_bytes
         ir.save(graph, model, external_data=Path(WEIGHTS_FILE).name if external else None)
+        for value in graph.graph.initializers.values():
+            value.const_value = None
         manifest = finish(model)
         files = (MODEL_FILE, WEIGHTS_FILE) if external else (MODEL_FILE,)
         manifest = manifest.model_copy(update={"files": {name: sha256(temporary / name) for name in files}})

@@ -93,7 +93,7 @@ class Gateway:
             profiled or self._guess_latency(1.0, 1.0),  # nobody is admitted before the warm-up has measured
             self.policy.build(),
             Limits(self._max_batch_size, backend.num_workers, settings.max_queue_images, settings.max_queue_bytes),
-            horizon_s=min(budget.deadline_s for budget in self.policy.budgets.values()),
+            horizon_s=self.policy.horizon_s,
         )
         self._decoder = Decoder(
             manifest.preprocessing,
@@ -130,7 +130,7 @@ class Gateway:
         async with self._reloading:  # of two reloads at once the later one must win
             active = await asyncio.to_thread(self._policies.reload)
             self.policy = active
-            self.scheduler.use(active.build())
+            self.scheduler.use(active.build(), active.horizon_s)
             self.scheduler.latency.aim_at(active.config.quantile)
         logger.info("policy %s from %s is in force", active.config.policy, active.source)
 

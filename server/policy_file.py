@@ -91,6 +91,11 @@ class ActivePolicy:
     source: str
 
     @property
+    def horizon_s(self) -> float:
+        """How far ahead a scheduler looks for bursts: the shortest deadline."""
+        return min(budget.deadline_s for budget in self.budgets.values())
+
+    @property
     def parameters(self) -> dict[str, float]:
         """Of the policy in force."""
         table: BaseModel | None = getattr(self.config, self.config.policy.replace("-", "_"), None)

@@ -16,28 +16,22 @@ at once.
 **Guard.** Policies propose; a proposal that would break the promise is replaced by the largest batch at floors that
 keeps it. Where a slow batch has broken it already, the largest batch that still saves the most urgent request runs.
 
-**Shares.** Under contention a class may fill the queue only up to what the others leave. Of the time to its deadline D,
-every other active class o keeps free what it is expected to need, at most its weighted share:
-
-    limit = max(share * D, D - sum over o of min(share_o * D, rate_o * cost_o * D)),   share = weight / sum of weights
-
-times the number of workers, with the cost of an image in a full batch at its floor.
+**Shares.** Under contention a class may fill the queue only up to what the others leave, see `server.shares`.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from server.arrival_rate import ArrivalRate
-from server.budgets import Budget
 from server.deadline_queue import DeadlineQueue, Request
+from server.floor_plan import EPSILON_S, delay_s, largest_within
 from server.ladder import Ladder
 from server.latency import LatencyModel
 from server.policies.base import Forecast, Kind, Policy, View
+from server.shares import Shares
 
 ShedReason = Literal["deadline", "share", "queue_full", "queue_bytes"]
 ServeReason = Literal["ceiling", "slack", "load", "pinned"]
@@ -47,9 +41,6 @@ ServeReason = Literal["ceiling", "slack", "load", "pinned"]
 BURST_WINDOW: Final = 0.25
 # A load that lasts is told from a burst over this many horizons. Chosen, not tuned.
 LONG_HORIZON: Final = 10
-# A class counts as active this long after its last arrival. Chosen, not tuned.
-ACTIVE_S: Final = 2.0
-_EPSILON_S: Final = 1e-9  # sums of floats in another order
 
 
 @dataclass(frozen=True)
@@ -101,22 +92,6 @@ class Batch:
     high_s: float
 
 
-@dataclass(slots=True)
-class _Class:
-    """A budget as admission sees it.
-
-    Attributes:
-        floor: of the last arrival.
-        waiting: queued requests by floor.
-        seen_s: the last arrival.
-    """
-
-    budget: Budget
-    floor: int
-    seen_s: float
-    waiting: Counter[int] = field(default_factory=Counter)
-
-
 class Scheduler:
     """One queue of one model.
 
@@ -138,12 +113,10 @@ class Scheduler:
         self.ladder, self.latency, self.policy, self.limits = ladder, latency, policy, limits
         self.queue = DeadlineQueue()
         self.running: list[Batch] = []
-        self._horizon_s = horizon_s
-        self._burst: ArrivalRate[None] = ArrivalRate(BURST_WINDOW * horizon_s)
-        self._rates: ArrivalRate[Kind] = ArrivalRate(LONG_HORIZON * horizon_s)
-        self._class_rates: ArrivalRate[str] = ArrivalRate(LONG_HORIZON * horizon_s)
-        self._classes: dict[str, _Class] = {}
+        self._shares = Shares(LONG_HORIZON * horizon_s)
+        self._measure_arrivals(horizon_s)
         self._kept: tuple[float, list[int]] | None = None  # found to keep the promise: spares the second look
+        self._late: list[Request] = []  # kept for `clear` should a policy fail
         self._excess_s = 0.0  # by how much the plan that was refused last would have been late
 
     # -- what the caller sees of the state
@@ -164,9 +137,15 @@ class Scheduler:
         """How long the longest-waiting request has waited; 0 when nobody waits. O(n): for scrapes only."""
         return max((now - request.arrival_s for request in self.queue.requests), default=0.0)
 
-    def use(self, policy: Policy) -> None:
-        """Takes another policy from now on. What is admitted keeps its range and its deadline."""
+    def use(self, policy: Policy, horizon_s: float | None = None) -> None:
+        """Takes another policy from now on. What is admitted keeps its range and its deadline.
+
+        Another horizon starts to measure arrivals anew.
+        """
         self.policy = policy
+        if horizon_s is not None and horizon_s != self._horizon_s:
+            self._shares.measure_over(LONG_HORIZON * horizon_s)
+            self._measure_arrivals(horizon_s)
 
     # -- transitions
 
@@ -186,11 +165,11 @@ class Scheduler:
     def offer(self, request: Request, now: float) -> Refusal | None:
         """Admits a request; None, or why not."""
         admitted = self._try(request, now)
-        entry = self._count_arrival(request, now)
+        self._count_arrival(request, now)
         if isinstance(admitted, Refusal):
             self.policy.shed(now)
             return admitted
-        entry.waiting[request.floor] += 1
+        self._shares.entered(request)
         return None
 
     def cancel(self, request: Request) -> bool:
@@ -198,7 +177,7 @@ class Scheduler:
         position = self.queue.find(request)
         if position is None:
             return False
-        self._left(self.queue.take(position, position + 1))
+        self._shares.left(self.queue.take(position, position + 1))
         return True
 
     def next_batch(self, now: float) -> tuple[Batch | None, list[Request]]:
@@ -206,14 +185,10 @@ class Scheduler:
 
         The late ones have left the queue: the caller answers them with an error.
         """
-        late = self._take_late(now)
-        if not self.free_workers or not self.has_work:
-            return None, late
-        view, self._kept = self._view(now), None
-        rungs = view.clip(self.policy.decide(view).rungs[: self.limits.max_batch_size])
-        if not rungs or not ((now, rungs) == self._kept or self.keeps_promise(rungs, now)):
-            rungs = self._safe_rungs(now)
-        return self._start(rungs, now), late
+        self._late += self._take_late(now)
+        batch = self._form_batch(now) if self.free_workers and self.has_work else None
+        late, self._late = self._late, []
+        return batch, late
 
     def on_batch_done(self, batch: Batch, now: float, *, failed: bool = False) -> None:
         """Gives the worker back. A batch that failed teaches nothing about latency."""
@@ -227,16 +202,18 @@ class Scheduler:
     def clear(self) -> list[Request]:
         """Takes everything out of the queue, at shutdown."""
         requests = self.queue.take(0, len(self.queue))
-        self._left(requests)
-        return requests
+        self._shares.left(requests)
+        late, self._late = self._late, []
+        return late + requests
 
     def keeps_promise(self, rungs: Sequence[int], now: float) -> bool:
         """Would a batch of the first `len(rungs)` requests be in time, and leave the rest a floor plan that is?"""
         high_s = self.latency.predict_s(rungs, high=True)
         end_s = now + high_s
-        if end_s > self.queue.deadlines[0] + _EPSILON_S or (len(rungs) > 1 and high_s > self.batch_limit_s(now)):
+        if end_s > self.queue.deadlines[0] + EPSILON_S or (len(rungs) > 1 and high_s > self.batch_limit_s(now)):
             return False
-        if not self._plan_holds([*self._busy_until_s(now), end_s], len(rungs), now):
+        free_s = [*self._busy_until_s(now), end_s, *[now] * (self.free_workers - 1)]
+        if not self._plan_holds(free_s, len(rungs), now):
             return False
         self._kept = (now, list(rungs))
         return True
@@ -246,8 +223,7 @@ class Scheduler:
 
         Who arrives just after a batch has started waits for its end, and then needs as long again.
         """
-        active = [c.budget.deadline_s for c in self._classes.values() if now - c.seen_s < ACTIVE_S]
-        return min(active, default=float("inf")) / 2
+        return self._shares.shortest_deadline_s(now) / 2
 
     # -- admission
 
@@ -263,7 +239,7 @@ class Scheduler:
         if queue.size_bytes + request.size_bytes > limits.max_bytes:
             detail = f"{queue.size_bytes} bytes wait and {request.size_bytes} more do not fit into {limits.max_bytes}"
             return Refusal("queue_bytes", self._drain_s(request), detail)
-        if (excess_s := self._above_share_s(request, now)) > 0:
+        if (excess_s := self._shares.excess_s(request, now, limits.workers, self._cost_s)) > 0:
             return Refusal("share", excess_s, f"budget {request.budget.name!r} has used up its share of the queue")
         position = queue.insert(request)
         if self._plan_holds(self._free_s(now), 0, now):
@@ -288,64 +264,13 @@ class Scheduler:
         """
         if start >= len(self.queue):
             return True
-        size = self._suitable_size(now)
-        if self._plan_holds_with(free_s, start, size):
-            return True
-        most = self.limits.max_batch_size
-        return size != most and self._plan_holds_with(free_s, start, most)
-
-    def _plan_holds_with(self, free_s: list[float], start: int, size: int) -> bool:
-        queue, latency = self.queue, self.latency
-        deadlines, floors, uniform = queue.deadlines, queue.floors, queue.uniform_floor
-        full_s = None if uniform is None else latency.uniform_s(uniform, size, high=True)
-        workers = sorted(free_s)
-        total = len(deadlines)
-        for head in range(start, total, size):
-            stop = head + size
-            if uniform is None:
-                batch_s = latency.predict_s(floors[head:stop], high=True)
-            elif stop <= total:
-                assert full_s is not None
-                batch_s = full_s
-            else:
-                batch_s = latency.uniform_s(uniform, total - head, high=True)
-            end_s = workers[0] + batch_s
-            if end_s > deadlines[head] + _EPSILON_S:
-                self._excess_s = end_s - deadlines[head]
-                return False
-            heapq.heapreplace(workers, end_s)
-        return True
-
-    def _suitable_size(self, now: float) -> int:
-        """The largest batch within `batch_limit_s` at the costliest floor that waits."""
-        limit_s, latency, rung = self.batch_limit_s(now), self.latency, self.queue.heaviest_floor
-        low, high = 1, self.limits.max_batch_size
-        while low < high:
-            middle = (low + high + 1) // 2
-            if latency.uniform_s(rung, middle, high=True) <= limit_s:
-                low = middle
-            else:
-                high = middle - 1
-        return low
-
-    def _above_share_s(self, request: Request, now: float) -> float:
-        """By how many seconds of floor work the class of `request` would exceed its limit; 0 where it does not."""
-        mine = self._classes.get(request.budget.name)
-        if mine is None or not mine.waiting:
-            return 0.0
-        others = [c for c in self._classes.values() if c is not mine and now - c.seen_s < ACTIVE_S]
-        if not others:
-            return 0.0
-        deadline_s = max(request.deadline_s - now, 0.0)
-        weights = request.budget.weight + sum(c.budget.weight for c in others)
-        rates = self._class_rates.by_kind(now)
-        reserved = sum(
-            min(c.budget.weight / weights, rates.get(c.budget.name, 0.0) * self._cost_s(c.floor) / self.limits.workers)
-            for c in others
-        )
-        limit_s = deadline_s * max(request.budget.weight / weights, 1.0 - reserved) * self.limits.workers
-        work_s = sum(count * self._cost_s(floor) for floor, count in mine.waiting.items())
-        return work_s + self._cost_s(request.floor) - limit_s
+        queue, latency, most = self.queue, self.latency, self.limits.max_batch_size
+        suitable = largest_within(latency, queue.heaviest_floor, self.batch_limit_s(now), most)
+        for size in dict.fromkeys((suitable, most)):
+            self._excess_s = delay_s(queue, latency, free_s, start, size)
+            if not self._excess_s:
+                return True
+        return False
 
     def _cost_s(self, rung: int) -> float:
         """One image's share of a full batch."""
@@ -356,6 +281,13 @@ class Scheduler:
         return self.latency.uniform_s(request.floor, self.limits.max_batch_size, high=True)
 
     # -- batches
+
+    def _form_batch(self, now: float) -> Batch:
+        view, self._kept = self._view(now), None
+        rungs = view.clip(self.policy.decide(view).rungs[: self.limits.max_batch_size])
+        if not rungs or not ((now, rungs) == self._kept or self.keeps_promise(rungs, now)):
+            rungs = self._safe_rungs(now)
+        return self._start(rungs, now)
 
     def _view(self, now: float) -> View:
         queue = self.queue
@@ -388,7 +320,7 @@ class Scheduler:
 
     def _start(self, rungs: list[int], now: float) -> Batch:
         requests = self.queue.take(0, len(rungs))
-        self._left(requests)
+        self._shares.left(requests)
         ceilings = [request.ceiling for request in requests]
         at_ceilings_s = self.latency.predict_s(ceilings, high=True)
         cause: ServeReason = "slack" if now + at_ceilings_s > requests[0].deadline_s else "load"
@@ -403,7 +335,7 @@ class Scheduler:
 
     def _safe_rungs(self, now: float) -> list[int]:
         """The largest batch at floors that keeps the promise; where none does, the largest that saves the head."""
-        latency, slack_s = self.latency, self.queue.deadlines[0] - now + _EPSILON_S
+        latency, slack_s = self.latency, self.queue.deadlines[0] - now + EPSILON_S
         floors = self.queue.floors[: self.limits.max_batch_size]
         candidates = [floors[:size] for size in range(len(floors), 0, -1)]
         for keeps in (
@@ -420,11 +352,11 @@ class Scheduler:
         late: list[Request] = []
         while self.queue.deadlines:
             soonest_s = now + self.latency.uniform_s(self.queue.floors[0], 1)
-            if self.queue.deadlines[0] >= soonest_s - _EPSILON_S:
+            if self.queue.deadlines[0] >= soonest_s - EPSILON_S:
                 break
             late += self.queue.take(0, 1)
         if late:
-            self._left(late)
+            self._shares.left(late)
             self.policy.finished(now, met=0, missed=len(late))
         return late
 
@@ -438,22 +370,13 @@ class Scheduler:
 
     # -- counting
 
-    def _count_arrival(self, request: Request, now: float) -> _Class:
-        budget = request.budget
+    def _measure_arrivals(self, horizon_s: float) -> None:
+        self._horizon_s = horizon_s
+        self._burst: ArrivalRate[None] = ArrivalRate(BURST_WINDOW * horizon_s)
+        self._rates: ArrivalRate[Kind] = ArrivalRate(LONG_HORIZON * horizon_s)
+
+    def _count_arrival(self, request: Request, now: float) -> None:
         self._burst.arrived(None, now)
         self._rates.arrived(request.kind, now)
-        self._class_rates.arrived(budget.name, now)
+        self._shares.arrived(request, now)
         self.policy.arrived(now)
-        entry = self._classes.get(budget.name)
-        if entry is None:
-            entry = self._classes[budget.name] = _Class(budget, request.floor, now)
-        entry.budget, entry.floor, entry.seen_s = budget, request.floor, now
-        return entry
-
-    def _left(self, requests: Sequence[Request]) -> None:
-        """Gives back what requests that have left the queue took of their class's share."""
-        for request in requests:
-            waiting = self._classes[request.budget.name].waiting
-            waiting[request.floor] -= 1
-            if not waiting[request.floor]:
-                del waiting[request.floor]

@@ -41,7 +41,6 @@ class Checkpoint:
         with torch.device("meta"):
             model = VisionTransformer(self.config)
         check_parameters({name: tuple(p.shape) for name, p in model.state_dict().items()}, self.state)
-        model = VisionTransformer(self.config) if any(True for _ in model.buffers()) else model
         model.load_state_dict(self.state, assign=True)
         return model.eval()
 
@@ -58,18 +57,19 @@ class Checkpoint:
         moe = replace(self.config.moe, group_images=group_images)
         return replace(self, config=replace(self.config, moe=moe))
 
-    def rounded_to(self, dtype: torch.dtype) -> Checkpoint:
-        """Weights rounded to what float16 or bfloat16 can hold, as float32.
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Rounds the weights, in place, to what float16 or bfloat16 can hold; they stay float32.
 
         Raises:
-            CheckpointError: a value is outside the type's range.
+            CheckpointError: a value is outside the type's range; nothing was rounded.
         """
         for name, value in self.state.items():
             if not torch.isfinite(value.to(dtype)).all():
                 largest, limit = value.abs().max().item(), torch.finfo(dtype).max
                 narrow = str(dtype).removeprefix("torch.")
                 raise CheckpointError(f"parameter {name} reaches {largest:g}, {narrow} ends at {limit:g}: use float32")
-        return replace(self, state={name: value.to(dtype).float() for name, value in self.state.items()})
+        for value in self.state.values():
+            value.copy_(value.to(dtype))
 
 
 def check_parameters(expected: dict[str, tuple[int, ...]], found: dict[str, Tensor]) -> None:

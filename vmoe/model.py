@@ -284,11 +284,11 @@ def sincos2d(grid: tuple[int, int], size: int, temperature: float = 10_000.0) ->
     """Fixed positions of the patches, [sin x, cos x, sin y, cos y] with x the column: (1, rows * columns, size).
 
     Frequencies are temperature ** -(i / (size/4 - 1)), as in the reference. Made in float64 on the CPU: tables of
-    different devices must agree.
+    different devices must agree, and a model built on the meta device to take a checkpoint's weights needs this one.
     """
-    rows, columns = grid
-    y, x = torch.meshgrid(torch.arange(rows).double(), torch.arange(columns).double(), indexing="ij")
-    frequency = temperature ** -(torch.arange(size // 4).double() / max(size // 4 - 1, 1))
+    rows, columns, quarter = (torch.arange(n, dtype=torch.float64, device="cpu") for n in (*grid, size // 4))
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    frequency = temperature ** -(quarter / max(size // 4 - 1, 1))
     angle_x, angle_y = x.reshape(-1, 1) * frequency, y.reshape(-1, 1) * frequency
     return torch.cat([angle_x.sin(), angle_x.cos(), angle_y.sin(), angle_y.cos()], dim=1)[None].float()
 

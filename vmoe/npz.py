@@ -7,17 +7,22 @@
     pos_embedding (big_vision: the patches' alone)          Encoder/posembed_input/pos_embedding
     MAPHead_0/...                                           MapHead/...
 
-Nothing is unpickled, and no array is allocated that the file has no bytes for. Torch-free.
+Nothing is unpickled, and no array is allocated that the file has no bytes for. Shapes come from the first bytes of each
+member, so that a model that does not fit is refused before its values are read. Torch-free.
 """
 
 from __future__ import annotations
 
+import io
 import re
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO
+from tokenize import TokenError
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +35,11 @@ Array = npt.NDArray[np.float32]
 # Chosen: trained weights hardly shrink when deflated, a head of zeros does (21,843 x 1,024 float32 are 90 MB).
 _MAX_EXPANSION = 4
 _MAX_EXTRA_BYTES = 2**28
+_HEADER_BYTES = 2**14  # NumPy takes headers of up to 10,000 characters, but reads up to 4 GB before it says so
+_PIECE_BYTES = 2**20  # read at once; chosen, not tuned
+
+_BFLOAT16 = np.dtype("V2")  # big_vision stores it as two raw bytes: the upper half of a float32
+_PATCH_POSITIONS = "pos_embedding"
 
 _RENAMES = (
     (re.compile(r"^(params|opt/target)/"), ""),
@@ -44,6 +54,42 @@ _RENAMES = (
 )
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """An array in the file.
+
+    Attributes:
+        key: its name there.
+        offset: of its values in the member.
+        dtype: as stored; two raw bytes are bfloat16.
+    """
+
+    key: str
+    member: zipfile.ZipInfo
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    fortran_order: bool
+
+    @property
+    def size_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter that `read_npz` would give, by name, without reading values.
+
+    Raises:
+        CheckpointError: as `read_npz`, but for the values.
+    """
+    with _opened(path) as archive:
+        shapes = {name: stored.shape for name, stored in _arrays(path, archive).items()}
+    if _PATCH_POSITIONS in shapes:
+        table = shapes.pop(_PATCH_POSITIONS)
+        shapes[POSITION_TABLE] = (table[0], 1 + table[1], table[2]) if "cls" in shapes and len(table) == 3 else table
+    return shapes
+
+
 def read_npz(path: Path, *, progress: Callable[[int, int], None] = lambda read, total: None) -> dict[str, Array]:
     """Reads the parameters as float32, by name; optimiser state beside `params/` or `opt/target/` is passed over.
 
@@ -54,24 +100,32 @@ def read_npz(path: Path, *, progress: Callable[[int, int], None] = lambda read, 
         CheckpointError: the file is no npz of arrays, or claims more than it holds, or a value is not finite.
     """
     parameters: dict[str, Array] = {}
+    with _opened(path) as archive:
+        arrays = _arrays(path, archive)
+        total_bytes = sum(stored.size_bytes for stored in arrays.values())
+        for name, stored in arrays.items():
+            parameters[name] = _read_values(path, archive, stored)
+            progress(stored.size_bytes, total_bytes)
+    if _PATCH_POSITIONS in parameters:
+        table = parameters.pop(_PATCH_POSITIONS)
+        if "cls" in parameters and table.ndim == 3:
+            # big_vision adds positions before the class token joins: the same table with zeros for that token.
+            table = np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)
+        parameters[POSITION_TABLE] = table
+    return parameters
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
-            members = _members(path, archive)
-            total_bytes = sum(member.file_size for member in members.values())
-            for key, member in members.items():
-                name = _rename(key)
-                if name in parameters:
-                    raise CheckpointError(f"{path}: two parameters are called {name}")
-                with archive.open(member) as file:
-                    parameters[name] = _read_array(path, key, file, member.file_size)
-                progress(member.file_size, total_bytes)
-    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+            yield archive
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
         raise CheckpointError(f"{path} is not a readable npz file: {error}") from error
-    return _with_class_position(parameters)
 
 
-def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The arrays of the model by name."""
+def _arrays(path: Path, archive: zipfile.ZipFile) -> dict[str, _Stored]:
+    """The arrays of the model under the reference's names, each with room for its values in the file."""
     members = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
     for root in ("params/", "opt/target/"):
         if any(name.startswith(root) for name in members):
@@ -80,43 +134,58 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
     limit = _MAX_EXPANSION * path.stat().st_size + _MAX_EXTRA_BYTES
     if claimed > limit:
         raise CheckpointError(f"{path} claims to hold {claimed} bytes, at most {limit} are plausible for its size")
-    return members
+    arrays: dict[str, _Stored] = {}
+    for key, member in members.items():
+        name = _rename(key)
+        if name in arrays:
+            raise CheckpointError(f"{path}: two parameters are called {name}")
+        arrays[name] = _read_header(path, archive, key, member)
+    return arrays
 
 
-def _read_array(path: Path, key: str, file: IO[bytes], size_bytes: int) -> Array:
+def _read_header(path: Path, archive: zipfile.ZipFile, key: str, member: zipfile.ZipInfo) -> _Stored:
+    with archive.open(member) as file:
+        head = io.BytesIO(file.read(_HEADER_BYTES))
     try:
-        version = np.lib.format.read_magic(file)
+        version = np.lib.format.read_magic(head)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(file)
-    except ValueError as error:
+        shape, fortran_order, dtype = read_header(head)
+    except (ValueError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError) as error:
+        # The header is a Python literal, which NumPy parses, after failing once more as one of Python 2.
         raise CheckpointError(f"{path}: parameter {key} is not an array: {error}") from error
-    if dtype.hasobject or (dtype.kind != "f" and dtype != np.dtype("V2")):
+    if dtype.hasobject or (dtype.kind != "f" and dtype != _BFLOAT16):
         raise CheckpointError(f"{path}: parameter {key} has dtype {dtype}, expected float16, bfloat16, float32 or 64")
-    if prod(shape) * dtype.itemsize > size_bytes:
-        raise CheckpointError(f"{path}: parameter {key} of shape {shape} does not fit into its {size_bytes} bytes")
-    data = file.read(prod(shape) * dtype.itemsize)
-    if len(data) != prod(shape) * dtype.itemsize:
-        raise CheckpointError(f"{path}: parameter {key} of shape {shape} is cut short")
-    if dtype == np.dtype("V2"):  # big_vision stores bfloat16 as two raw bytes: the upper half of a float32
-        values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    if min(shape, default=1) < 1:
+        raise CheckpointError(f"{path}: parameter {key} has shape {shape}, every axis should be at least 1")
+    stored = _Stored(key, member, head.tell(), shape, dtype, fortran_order)
+    if stored.size_bytes > member.file_size - stored.offset:
+        room = member.file_size - stored.offset
+        raise CheckpointError(f"{path}: parameter {key} of shape {shape} does not fit into its {room} bytes")
+    return stored
+
+
+def _read_values(path: Path, archive: zipfile.ZipFile, stored: _Stored) -> Array:
+    data = np.empty(stored.size_bytes, np.uint8)
+    room = data.data
+    with archive.open(stored.member) as file:
+        file.read(stored.offset)
+        while room:
+            piece = file.read(min(len(room), _PIECE_BYTES))
+            if not piece:
+                raise CheckpointError(f"{path}: parameter {stored.key} of shape {stored.shape} is cut short")
+            room[: len(piece)] = piece
+            room = room[len(piece) :]
+    if stored.dtype == _BFLOAT16:
+        numbers = (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
     else:
-        values = np.frombuffer(data, dtype).astype(np.float32)
-    if not np.isfinite(values).all():
-        raise CheckpointError(f"{path}: parameter {key} has values that are not finite")
-    return values.reshape(shape, order="F" if fortran_order else "C")
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
+            numbers = data.view(stored.dtype).astype(np.float32, copy=False)
+    if not np.isfinite(numbers).all():
+        raise CheckpointError(f"{path}: parameter {stored.key} has values that are not finite")
+    return numbers.reshape(stored.shape, order="F" if stored.fortran_order else "C")
 
 
 def _rename(name: str) -> str:
     for pattern, replacement in _RENAMES:
         name = pattern.sub(replacement, name)
     return name
-
-
-def _with_class_position(parameters: dict[str, Array]) -> dict[str, Array]:
-    """big_vision adds positions before the class token joins; the same table with a row of zeros for that token."""
-    if "pos_embedding" in parameters:
-        table = parameters.pop("pos_embedding")
-        if "cls" in parameters and table.ndim == 3:
-            table = np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)
-        parameters[POSITION_TABLE] = table
-    return parameters

@@ -7,7 +7,8 @@ bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -45,12 +46,52 @@ class Preprocessing:
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ValueError(f"mean and std need {self.channels} values each, got {self.mean} and {self.std}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be above 0, got {self.std}")
+        if not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"mean must be finite, got {self.mean}")
+        if not all(0 < value < math.inf for value in self.std):
+            raise ValueError(f"std must be above 0 and finite, got {self.std}")
         if self.fit not in ("stretch", "center_crop"):
             raise ValueError(f"fit must be 'stretch' or 'center_crop', got {self.fit!r}")
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction must be above 0 and at most 1, got {self.crop_fraction}")
+
+    def overridden(
+        self,
+        *,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        fit: Fit | None = None,
+        crop_fraction: float | None = None,
+    ) -> Preprocessing:
+        """The same with the values that are given.
+
+        Raises:
+            ValueError: a value is out of range, or a crop fraction is given for images that are stretched.
+        """
+        fit = fit or self.fit
+        if fit == "stretch":
+            if crop_fraction is not None:
+                raise ValueError(f"crop_fraction {crop_fraction} needs fit 'center_crop', the fit is 'stretch'")
+            crop_fraction = 1.0
+        return replace(
+            self,
+            mean=self.mean if mean is None else mean,
+            std=self.std if std is None else std,
+            fit=fit,
+            crop_fraction=self.crop_fraction if crop_fraction is None else crop_fraction,
+        )
+
+
+def parse_channel_values(text: str) -> tuple[float, ...]:
+    """A number per channel from `0.485,0.456,0.406`.
+
+    Raises:
+        ValueError: names the text and the form expected.
+    """
+    try:
+        return tuple(float(value) for value in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a number per channel, expected such as 0.485,0.456,0.406 or 0.5") from error
 
 
 def fit(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:

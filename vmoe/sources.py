@@ -30,8 +30,8 @@ from vmoe.config import ConfigError, ModelConfig
 from vmoe.errors import CheckpointError
 from vmoe.flax import read_parameters, tree_shapes
 from vmoe.model import VisionTransformer
-from vmoe.npz import Array, read_npz
-from vmoe.orbax import find_orbax, read_orbax
+from vmoe.npz import Array, npz_shapes, read_npz
+from vmoe.orbax import find_orbax, orbax_shapes, read_orbax
 from vmoe.positions import resize_positions
 from vmoe.reference import check_shapes, config_from_reference, state_from_reference
 from vmoe.timm import MARK as TIMM_MARK
@@ -107,6 +107,7 @@ def load_source(
         if config_path is not None:
             raise ConfigError(f"{path} brings its own configuration, {config_path} has no use")
         checkpoint = load_checkpoint(path)
+        _check_finite(path, checkpoint.state)
     elif source.kind == "state_dict":
         checkpoint = _load_state_dict(source.path, hints, config_path)
     else:
@@ -128,27 +129,30 @@ def read_architecture(path: Path | None, hints: Hints = NO_HINTS, *, config_path
             raise ConfigError("a checkpoint or a configuration file is needed")
         return _override(_read_config(config_path, {}, hints.image_size), hints)
     source = find_source(path)
-    if source.kind != "reference":
+    if source.kind in ("checkpoint", "state_dict"):
         return load_source(path, hints, config_path=config_path).config
-    shapes = {name: array.shape for name, array in tree_shapes(source.path).items()}
-    return _override(_tree_config(shapes, hints, config_path, find_release(source.path.name)), hints)
+    return _override(_tree_config(_shapes(source), hints, config_path, find_release(source.path.name)), hints)
 
 
 def _load_tree(source: Source, hints: Hints, config_path: Path | None, progress: Progress) -> Checkpoint:
     """A parameter tree under the reference's names."""
     release = find_release(source.path.name)
+    shapes = _shapes(source)  # they alone tell whether the model fits: refuse before gigabytes are read
+    config = _tree_config(shapes, hints, config_path, release)
+    check_shapes(shapes, config)
     if source.kind == "reference":
-        # The index alone tells whether the model fits: refuse before gigabytes are read.
-        stored = tree_shapes(source.path)
-        shapes = {name: array.shape for name, array in stored.items()}
-        config = _tree_config(shapes, hints, config_path, release)
-        check_shapes(shapes, config)
-        total_bytes = sum(array.size_bytes for array in stored.values())
+        total_bytes = sum(array.size_bytes for array in tree_shapes(source.path).values())
         parameters = read_parameters(source.path, advance=lambda read: progress(read, total_bytes))
     else:
         parameters = (read_orbax if source.kind == "orbax" else read_npz)(source.path, progress=progress)
-        config = _tree_config({name: array.shape for name, array in parameters.items()}, hints, config_path, release)
     return _checkpoint(config, _tensors(parameters, config), release)
+
+
+def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of a tree, by the reference's name."""
+    if source.kind == "reference":
+        return {name: array.shape for name, array in tree_shapes(source.path).items()}
+    return (orbax_shapes if source.kind == "orbax" else npz_shapes)(source.path)
 
 
 def _tree_config(
@@ -203,11 +207,7 @@ def _load_state_dict(path: Path, hints: Hints, config_path: Path | None) -> Chec
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in state.items()):
         raise CheckpointError(f"{path} holds no state dict, which maps names to tensors")
-    for name, value in state.items():
-        if not value.is_floating_point() or not value.isfinite().all():
-            raise CheckpointError(
-                f"{path}: parameter {name} should be finite numbers, found {value.dtype} or not finite"
-            )
+    _check_finite(path, state)
     state = {name: value.float().contiguous() for name, value in state.items()}
     if TIMM_MARK in state:
         config, state = from_timm(state, hints)
@@ -220,6 +220,15 @@ def _load_state_dict(path: Path, hints: Hints, config_path: Path | None) -> Chec
         expected = VisionTransformer(config).state_dict()
     check_parameters({name: tuple(p.shape) for name, p in expected.items()}, state)
     return _checkpoint(config, state, find_release(path.name))
+
+
+def _check_finite(path: Path, state: dict[str, Tensor]) -> None:
+    for name, value in state.items():
+        if not value.is_floating_point():
+            raise CheckpointError(f"{path}: parameter {name} should be floating-point numbers, found {value.dtype}")
+        if not (finite := value.isfinite()).all():
+            count = int((~finite).sum())
+            raise CheckpointError(f"{path}: parameter {name} should be finite, found {count} values that are not")
 
 
 def _tensors(parameters: dict[str, Array], config: ModelConfig) -> dict[str, Tensor]:

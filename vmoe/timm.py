@@ -2,7 +2,8 @@
 
 timm computes GELU exactly where the reference approximates it with tanh, so the configuration says
 `gelu_approximation="none"`. A variant with more parameters (registers, distillation token, layer scale, `fc_norm`) is
-refused by name. The pixel range is not in the state either: it is taken as -1..1, that of timm's augreg models.
+refused by name. The pixel range is not in the state either: it is taken as -1..1, that of timm's augreg models; the
+exporter's `--mean` and `--std` say otherwise.
 
 Axes: D hidden, F MLP width.
 """

@@ -41,6 +41,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from server.floor_plan import largest_within
 from server.policies.base import Forecast, Kind, Proposal, Stateless, View
 
 
@@ -65,7 +66,13 @@ class Foresight(Stateless):
         size = _efficient_size(view)
         hulls = {kind: _hull(view, kind, size) for kind in {*view.waiting, *view.arrival_rates_hz}}
         price = max(self._price(view, forecast, hulls) for forecast in view.forecasts)
-        rungs, gains, medians = _candidates(view, view.kinds[:most], sizes, hulls, price)
+        kinds = view.kinds[:most]
+        # Where time is worth less than the last step of the ladder, the ceilings win, and nothing need be compared.
+        if price < min((hulls[kind][-1][1] / hulls[kind][-1][0] for kind in set(kinds)), default=0.0):
+            ceilings = [kind.ceiling for kind in kinds]
+            if view.fits(ceilings):
+                return Proposal(ceilings)
+        rungs, gains, medians = _candidates(view, kinds, sizes, hulls, price)
         high = medians * view.latency.high_factors[sizes]
         slack_s = view.deadlines[0] - view.now
         feasible = high <= np.where(sizes > 1, min(slack_s, view.batch_limit_s), slack_s)
@@ -120,15 +127,8 @@ def _sizes(most: int) -> npt.NDArray[np.int64]:
 
 
 def _efficient_size(view: View) -> int:
-    """The largest batch within the limit at the cheapest rung: what a backlog is served in."""
-    rung, low, high = view.ladder.frontier[0], 1, view.max_batch_size
-    while low < high:
-        middle = (low + high + 1) // 2
-        if view.latency.uniform_s(rung, middle, high=True) <= view.batch_limit_s:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    """What a backlog is served in: the largest batch within the limit at the cheapest rung."""
+    return largest_within(view.latency, view.ladder.frontier[0], view.batch_limit_s, view.max_batch_size)
 
 
 def _hull(view: View, kind: Kind, size: int) -> list[tuple[float, float]]:

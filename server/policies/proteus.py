@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from server.floor_plan import largest_within
 from server.policies.base import Proposal, View
 
 
@@ -69,11 +70,4 @@ class Proteus:
 
     def _batch_size(self, view: View) -> int:
         """The largest batch within half a deadline at the plan's rung."""
-        return next(
-            (
-                size
-                for size in range(view.max_batch_size, 0, -1)
-                if view.latency.uniform_s(self._high, size) <= view.batch_limit_s
-            ),
-            1,
-        )
+        return largest_within(view.latency, self._high, view.batch_limit_s, view.max_batch_size)

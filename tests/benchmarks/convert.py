@@ -1,4 +1,7 @@
-"""Time and peak memory of a conversion: `python -m tests.benchmarks.convert vmoe_b16_every2_e8 [load|export]`.
+"""Time and peak memory of a conversion.
+
+    python -m tests.benchmarks.convert VARIANT load
+    python -m tests.benchmarks.convert VARIANT export [OPTION of `python -m exporter` ...]
 
 Writes random weights in the reference's format (one data file per expert, as the released models have one chunk per
 expert), then converts them in a process of its own and prints seconds, peak resident memory and their ratios.
@@ -46,7 +49,7 @@ def measure(statements: str) -> tuple[float, int]:
     return time.perf_counter() - start, int(done.stdout.split()[-2]) * 1024
 
 
-def main(name: str, action: str = "load") -> None:
+def main(name: str, action: str, *options: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         prefix = Path(directory) / "ckpt"
         tree, size_bytes = random_tree(name)
@@ -54,12 +57,13 @@ def main(name: str, action: str = "load") -> None:
         del tree
         statements = LOAD.format(prefix=str(prefix))
         if action == "export":
-            options = ["--out", f"{directory}/repository", "--rounds", "0", "--parity-images", "1", "--point", "1.05,2"]
-            statements = f"from exporter.cli import app; app({[str(prefix), *options]!r}, standalone_mode=False)"
-        _, base_bytes = measure("import exporter.cli" if action == "export" else "import vmoe.sources")
+            arguments = [str(prefix), "--out", f"{directory}/repository", *options]
+            statements = f"from exporter.cli import app; app({arguments!r}, standalone_mode=False)"
+        _, base_bytes = measure("import exporter.cli, exporter.export" if action == "export" else "import vmoe.sources")
         seconds, peak_bytes = measure(statements)
+    command = " ".join([name, action, *options])
     print(
-        f"{name} {action}: {size_bytes / 1e6:.0f} MB in {seconds:.1f} s ({seconds / size_bytes * 1e9:.1f} s per GB), "
+        f"{command}: {size_bytes / 1e6:.0f} MB in {seconds:.1f} s ({seconds / size_bytes * 1e9:.1f} s per GB), "
         f"peak {peak_bytes / 1e6:.0f} MB, {(peak_bytes - base_bytes) / size_bytes:.2f} times the parameters above the "
         f"{base_bytes / 1e6:.0f} MB of the imports"
     )

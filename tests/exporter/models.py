@@ -11,7 +11,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
-from exporter.graph import WeightType, build_graph
+from exporter.bundle import WeightType
+from exporter.graph import build_graph
 from vmoe.checkpoint import Checkpoint
 from vmoe.config import ModelConfig, MoeConfig
 from vmoe.model import VisionTransformer

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+import exporter.export
+import exporter.profiling
 from exporter.bundle import Bundle
 from exporter.cli import app
-from exporter.parity import ParityError, check_parity
-from exporter.profiling import make_points
+from exporter.parity import ParityError, check_parity, model_answers
+from exporter.profiling import Effort, default_effort, make_points
+from exporter.session import open_session, run
 from tests.exporter.models import SMALL, graph_of, pixels, random_checkpoint, session_of, with_moe
-from vmoe.checkpoint import save_checkpoint
+from vmoe.checkpoint import Checkpoint, save_checkpoint
+from vmoe.config import PositionEmbedding
 from vmoe.operating_point import OperatingPoint
+from vmoe.preprocess import Preprocessing
+from vmoe.sources import load_source
 
 
 def export(tmp_path: Path, *arguments: str, checkpoint: str | None = "checkpoint") -> Result:
@@ -69,6 +79,37 @@ def test_export_in_every_form_passes_its_own_parity_check(tmp_path: Path, argume
     Bundle.load(tmp_path / "repository" / "tiny")
 
 
+def test_preprocessing_given_on_the_command_line_is_the_bundles_and_the_graphs(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(replace(SMALL, moe=None))
+    save_checkpoint(tmp_path / "checkpoint", checkpoint)
+    values = ("--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225")
+    result = export(tmp_path, *values, "--fit", "center_crop", "--crop-fraction", "0.875")
+    assert result.exit_code == 0, result.output
+    bundle = Bundle.load(tmp_path / "repository" / "tiny")
+    expected = Preprocessing((12, 8), 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "center_crop", 0.875)
+    assert bundle.manifest.preprocessing == expected
+    images = pixels(SMALL, 2)
+    found = run(open_session(bundle.model_path, 1), images, None, ["logits"])[0]
+    with torch.inference_mode():
+        by_hand = (images / 255 - np.array(expected.mean)) / np.array(expected.std)
+        logits = checkpoint.model()(torch.from_numpy(by_hand.astype(np.float32))).logits.numpy()
+    assert np.abs(found - logits).max() < 1e-5
+
+
+def test_thousand_numbered_classes_ask_for_names_until_they_get_them(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(replace(SMALL, moe=None, num_classes=1000))
+    numbered = checkpoint.with_labels(tuple(map(str, range(1000))))
+    save_checkpoint(tmp_path / "checkpoint", numbered)
+    assert "--labels imagenet-1k" in " ".join(export(tmp_path).output.split())
+    result = export(tmp_path, "--labels", "imagenet-1k")
+    assert result.exit_code == 0, result.output
+    assert "--labels" not in result.output
+    labels = (tmp_path / "repository" / "tiny" / "labels.txt").read_text().splitlines()
+    assert (labels[0], labels[999]) == ("tench, Tinca tinca", "toilet tissue, toilet paper, bathroom tissue")
+    save_checkpoint(tmp_path / "checkpoint", checkpoint)
+    assert "--labels" not in export(tmp_path).output  # "class 0" is a name
+
+
 def test_export_of_a_dense_model_has_no_points(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "checkpoint", random_checkpoint(replace(SMALL, moe=None)))
     result = export(tmp_path)
@@ -87,6 +128,35 @@ def test_parity_above_the_tolerance_fails_and_keeps_the_old_bundle(tmp_path: Pat
     assert "Traceback" not in result.output
     assert (tmp_path / "repository" / "tiny" / "manifest.json").read_bytes() == before
     assert left_behind(tmp_path) == ["tiny"]
+
+
+@pytest.mark.parametrize("position_embedding", ["learned", "sincos2d"])
+def test_weights_of_the_model_are_gone_when_the_graph_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, position_embedding: PositionEmbedding
+) -> None:
+    # The peak of an export is the weights once: PyTorch's must be freed before ONNX Runtime loads its own.
+    config = replace(SMALL, position_embedding=position_embedding)
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(config))
+    references: list[weakref.ref[npt.NDArray[Any]]] = []
+    alive: list[int] = []
+
+    def load(*arguments: Any, **options: Any) -> Checkpoint:
+        loaded = load_source(*arguments, **options)
+        # A tensor made from an array keeps it as long as anything, tensor or array, shares the memory.
+        arrays = {name: value.numpy().copy() for name, value in loaded.state.items()}
+        references.extend(map(weakref.ref, arrays.values()))
+        return replace(loaded, state={name: torch.from_numpy(array) for name, array in arrays.items()})
+
+    def open_counting(model: Path, threads: int) -> ort.InferenceSession:
+        alive.append(sum(reference() is not None for reference in references))
+        return open_session(model, threads)
+
+    monkeypatch.setattr(exporter.export, "load_source", load)
+    monkeypatch.setattr(exporter.export, "open_session", open_counting)
+    result = export(tmp_path, "--point", "1,2")
+    assert result.exit_code == 0, result.output
+    assert len(references) > 40
+    assert alive == [0]
 
 
 def test_first_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -114,6 +184,44 @@ def test_profile_only_measures_latency_again_and_keeps_what_does_not_depend_on_t
     assert after["files"] == before["files"]
 
 
+def test_profile_only_without_latency_keeps_the_record_of_where_it_was_measured(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
+    assert export(tmp_path, "--point", "1,2").exit_code == 0
+    path = tmp_path / "repository" / "tiny" / "manifest.json"
+    before = json.loads(path.read_text())
+    assert before["profile"]["rounds"] == 1
+    before["profile"]["machine"] = "another"
+    path.write_text(json.dumps(before))
+    assert export(tmp_path, "--profile-only", "--rounds", "0", checkpoint=None).exit_code == 0
+    assert json.loads(path.read_text()) == before
+
+
+def test_comparisons_and_rounds_follow_the_size_of_the_model_unless_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # SMALL costs 101,984 multiply-accumulates at the two points together: 1,100,000 pay for 5.4 images in both
+    # runtimes; 10,000,000 pay for 98, which is 6 times 1 + 2 + 4 + 8, the first of them to warm up.
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
+    points = make_points(SMALL, [OperatingPoint(0.3, 1), OperatingPoint(1.0, 2)])
+    monkeypatch.setattr(exporter.profiling, "PARITY_MACS", 1_100_000)
+    monkeypatch.setattr(exporter.profiling, "LATENCY_MACS", 10_000_000)
+    effort = default_effort(SMALL, points)
+    assert effort == Effort(5, 5, (1, 2, 4, 8))
+    arguments = [str(tmp_path / "checkpoint"), "--out", str(tmp_path), "--threads", "1", "--point", "0.3,1"]
+    for name, options in (("chosen", ()), ("given", ("--rounds", "2", "--parity-images", "3"))):
+        result = CliRunner().invoke(app, [*arguments, "--point", "1,2", "--name", name, *options])
+        assert result.exit_code == 0, result.output
+    chosen, given = (Bundle.load(tmp_path / name).manifest for name in ("chosen", "given"))
+    assert chosen.parity is not None
+    assert chosen.profile is not None
+    assert (chosen.parity.num_comparisons, chosen.profile.rounds) == (2 * 5, effort.rounds)
+    assert [entry.batch_size for entry in chosen.points[0].latency] == [*effort.batch_sizes]
+    assert given.parity is not None
+    assert given.profile is not None
+    assert (given.parity.num_comparisons, given.profile.rounds) == (2 * 3, 2)
+    assert [entry.batch_size for entry in given.points[0].latency] == [1, 2, 4, 8, 16, 32]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -124,6 +232,13 @@ def test_profile_only_measures_latency_again_and_keeps_what_does_not_depend_on_t
         ),
         (("--images", "/nonexistent"), "/nonexistent is not a directory"),
         (("--labels", "/nonexistent"), "/nonexistent"),
+        (("--labels", "imagenet-1k"), "1000 labels were given for a model of 5 classes"),
+        (("--mean", "0.485,0.456"), "mean and std need 3 values each, got (0.485, 0.456)"),
+        (("--mean", "red"), "'red' is not a number per channel"),
+        (("--mean", "nan,0,0"), "mean must be finite"),
+        (("--std", "0.2,0,0.2"), "std must be above 0"),
+        (("--fit", "center_crop", "--crop-fraction", "1.5"), "crop_fraction must be above 0 and at most 1, got 1.5"),
+        (("--crop-fraction", "0.875"), "crop_fraction 0.875 needs fit 'center_crop'"),
     ],
 )
 def test_bad_option_is_named_and_leaves_nothing(tmp_path: Path, arguments: tuple[str, str], message: str) -> None:
@@ -140,19 +255,41 @@ def test_checkpoint_that_is_missing_is_named(tmp_path: Path) -> None:
     assert "nowhere is no checkpoint" in " ".join(result.output.split())
 
 
-@torch.inference_mode()
+def compare(checkpoint: Checkpoint, session: ort.InferenceSession, point: OperatingPoint, num_images: int) -> None:
+    points, images = make_points(SMALL, [point]), pixels(SMALL, num_images)
+    answers = model_answers(checkpoint.model(), images, checkpoint.preprocessing, points, max_selected_experts=2)
+    check_parity(session, SMALL, images, checkpoint.preprocessing, answers, normalized_input=False)
+
+
 def test_parity_check_of_a_graph_with_another_queue_order_fails(tmp_path: Path) -> None:
     # The vanilla graph of the same weights: same logits where nothing is dropped, other tokens where slots are few.
     checkpoint = random_checkpoint(SMALL)
     wrong = replace(checkpoint, config=with_moe(routing="vanilla"))
     session = session_of(graph_of(wrong), tmp_path / "model.onnx")
-    points = make_points(SMALL, [OperatingPoint(0.3, 2)])
-    images = pixels(SMALL, 32)
     with pytest.raises(ParityError, match=r"routes .* of the images differently"):
-        check_parity(checkpoint.model(), session, images, checkpoint.preprocessing, points, normalized_input=False)
+        compare(checkpoint, session, OperatingPoint(0.3, 2), num_images=32)
 
 
-@torch.inference_mode()
+@pytest.mark.parametrize(("num_images", "rerouted", "passes"), [(8, 1, True), (8, 2, False), (3, 1, False)])
+def test_parity_check_lets_one_image_tie_where_others_agree(
+    tmp_path: Path, num_images: int, rerouted: int, passes: bool
+) -> None:
+    # A tie of gates shows at every point, which is more than 1 % of few comparisons; a wrong graph is off in most.
+    checkpoint = random_checkpoint(SMALL)
+    session = session_of(graph_of(checkpoint), tmp_path / "model.onnx")
+    points, images = make_points(SMALL, [OperatingPoint(0.3, 1), OperatingPoint(1.0, 2)]), pixels(SMALL, num_images)
+    answers = model_answers(checkpoint.model(), images, checkpoint.preprocessing, points, max_selected_experts=2)
+    for answer in answers:
+        assert answer.token_experts is not None
+        answer.token_experts[:rerouted] = -1
+    arguments = (session, SMALL, images, checkpoint.preprocessing, answers)
+    if passes:
+        assert check_parity(*arguments, normalized_input=False).rerouted == rerouted / num_images
+        return
+    with pytest.raises(ParityError, match=r"routes .* of the images differently"):
+        check_parity(*arguments, normalized_input=False)
+
+
 def test_parity_check_of_a_graph_with_one_changed_weight_fails(tmp_path: Path) -> None:
     checkpoint = random_checkpoint(SMALL)
     graph = graph_of(checkpoint)
@@ -160,8 +297,5 @@ def test_parity_check_of_a_graph_with_one_changed_weight_fails(tmp_path: Path) -
     state = dict(checkpoint.state)
     state["head.bias"] = state["head.bias"] + 1e-3
     session = session_of(graph_of(replace(checkpoint, state=state)), tmp_path / "model.onnx")
-    points = make_points(SMALL, [OperatingPoint(1.0, 2)])
     with pytest.raises(ParityError, match=r"differ from the model's by 0.001 at operating point \(1, 2\)"):
-        check_parity(
-            checkpoint.model(), session, pixels(SMALL, 8), checkpoint.preprocessing, points, normalized_input=False
-        )
+        compare(checkpoint, session, OperatingPoint(1.0, 2), num_images=8)

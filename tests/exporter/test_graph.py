@@ -153,7 +153,8 @@ def test_graph_uses_standard_operators_within_the_pinned_versions(tmp_path: Path
 @torch.inference_mode()
 def test_float16_storage_halves_the_weights_and_equals_the_rounded_model(tmp_path: Path) -> None:
     config = replace(SMALL, qk_norm=True, hidden_size=64, mlp_dim=128)
-    checkpoint = random_checkpoint(config).rounded_to(torch.float16)
+    checkpoint = random_checkpoint(config)
+    checkpoint.round_to(torch.float16)
     session = session_of(graph_of(checkpoint, weight_type="float16"), tmp_path / "half.onnx")
     ir.save(graph_of(checkpoint), tmp_path / "full.onnx")
     num_weights = sum(value.numel() for value in checkpoint.state.values())

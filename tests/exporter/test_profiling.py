@@ -14,8 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import vmoe.moe
 from exporter.bundle import Point
 from exporter.profiling import (
+    Effort,
     Measured,
+    default_effort,
     default_points,
+    images_per_batch,
     macs_per_image,
     make_points,
     measure_accuracy,
@@ -58,6 +61,67 @@ def test_default_ladder_of_the_shipped_model_runs_from_an_eighth_to_full() -> No
     assert [p.relative_compute for p in ladder] == sorted(p.relative_compute for p in ladder)
     assert ladder[-1].operating_point == config.operating_point
     assert ladder[-1].relative_compute == 1
+
+
+def effort_of(name: str, image_size: int | None = None, **moe: object) -> Effort:
+    config = VARIANTS[name]
+    if image_size is not None:
+        config = replace(config, image_size=(image_size, image_size))
+    if moe:
+        assert config.moe is not None
+        config = replace(config, moe=replace(config.moe, **moe))  # type: ignore[arg-type]
+    return default_effort(config, make_points(config, default_points(config)) if config.moe is not None else ())
+
+
+@pytest.mark.parametrize("name", ["vmoe_fashion_mnist", "fashion_mnist"])
+def test_default_effort_of_a_small_model_is_everything(name: str) -> None:
+    assert effort_of(name) == Effort(256, 100, (1, 2, 4, 8, 16, 32))
+
+
+def test_default_effort_of_a_large_model_shrinks_rounds_then_batch_sizes() -> None:
+    # 0.522e12 multiply-accumulates per image over the ten points: 1e13 pay for 9.6 images twice; 2e13 for 38, that is
+    # 12 times 1 + 2, the first of them to warm up. With a batch of 4 it would be 5 times.
+    assert effort_of("vmoe_b16_every2_e8", 384) == Effort(9, 11, (1, 2))
+    # 1.67e12 per image: 1e13 pay for 3.0 images twice, fewer than the fewest; 2e13 for 12 with batch 1.
+    assert effort_of("vmoe_h14_last2_e32") == Effort(4, 11, (1,))
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "image_size"),
+    [
+        ("shipped model", "vmoe_fashion_mnist", None),
+        ("S/32, 8 experts", "vmoe_s32_last2_e8", None),
+        ("B/16, 8 experts in 6 blocks", "vmoe_b16_every2_e8", None),
+        ("B/16 at 384 pixels", "vmoe_b16_every2_e8", 384),
+        ("L/16, 32 experts in 2 blocks", "vmoe_l16_last2_e32", None),
+        ("H/14, 32 experts in 2 blocks", "vmoe_h14_last2_e32", None),
+    ],
+)
+def test_default_effort_is_the_one_in_the_documentation(row: str, name: str, image_size: int | None) -> None:
+    effort = effort_of(name, image_size)
+    largest = effort.batch_sizes[-1]
+    batches = {1: "1", 2: "1, 2"}.get(largest, f"1 to {largest}")
+    documentation = (Path(__file__).parents[2] / "docs" / "conversion.md").read_text()
+    assert f"| {row} | {effort.parity_images} | {effort.rounds} | {batches} |\n" in documentation
+
+
+def test_default_effort_never_ends_at_nothing() -> None:
+    assert effort_of("vmoe_h14_last2_e32", 1400) == Effort(4, 5, (1,))
+
+
+def test_default_effort_counts_the_images_of_a_routing_group() -> None:
+    # Batch sizes are in groups: eight images each, so that a round costs eight times as much.
+    one, eight = effort_of("vmoe_b32_last2_e8"), effort_of("vmoe_b32_last2_e8", group_images=8)
+    assert sum(eight.batch_sizes) < sum(one.batch_sizes)
+
+
+def test_free_batches_fill_whole_groups_and_stay_small_beside_large_weights() -> None:
+    assert images_per_batch(VARIANTS["vmoe_fashion_mnist"]) == 64
+    b16 = replace(VARIANTS["vmoe_b16_every2_e8"], image_size=(384, 384))
+    # 577 tokens * (6 * 768 + 4 * 3072 + 2 * 12 * 577) floats are 71 MB for one image.
+    assert images_per_batch(b16) == 1
+    assert b16.moe is not None
+    assert images_per_batch(replace(b16, moe=replace(b16.moe, group_images=8))) == 8
 
 
 def test_points_with_equal_slots_and_choices_are_one_point() -> None:

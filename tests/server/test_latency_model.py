@@ -133,3 +133,19 @@ def test_model_when_guessed_then_rungs_scale_with_compute() -> None:
 def test_model_when_the_profile_is_unusable_then_it_is_refused(table: list[list[float]]) -> None:
     with pytest.raises(ValueError, match="latenc"):
         LatencyModel(table, [0.1, 0.1], (1, 2), 2)
+
+
+def test_model_when_another_quantile_is_aimed_at_then_predictions_move_to_it() -> None:
+    aimed, built = (LatencyModel([[0.1]], [0.1], [1], 1, quantile=quantile) for quantile in (0.9, 0.99))
+    aimed.aim_at(0.99)
+    assert aimed.quantile == 0.99
+    assert aimed.predict_s([0], high=True) == pytest.approx(built.predict_s([0], high=True))
+
+
+def test_model_when_another_quantile_is_aimed_at_then_what_was_learned_is_kept() -> None:
+    model = LatencyModel([[0.1]], [0.1], [1], 1, quantile=0.9)
+    for _ in range(20):
+        model.observe([0], 0.2)
+    scale = model.scale
+    model.aim_at(0.95)
+    assert model.scale == scale

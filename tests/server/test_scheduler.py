@@ -197,6 +197,15 @@ def test_workers_when_two_run_then_about_twice_as_much_is_admitted() -> None:
     assert count == [9 * 8 + 5, 2 * 9 * 8 + 5]
 
 
+def test_workers_when_another_one_is_idle_then_the_rest_of_the_queue_is_planned_for_it() -> None:
+    target = scheduler(Propose(*[1] * 8), workers=2)
+    # 8 at rung 1 take (2 + 8 * 1.2) * 1.026 = 11.9 ms; one worker could not serve the other 8 in 13 ms as well
+    admitted(target, *[request(deadline_s=0.013) for _ in range(16)])
+    batch, _ = target.next_batch(0.0)
+    assert batch is not None
+    assert batch.rungs == [1] * 8
+
+
 def test_share_when_a_class_floods_then_another_still_gets_in() -> None:
     flood, trickle = Budget("flood", 0, FULL, 0.1), Budget("trickle", 0, FULL, 0.1)
     target = scheduler(Propose(0))
@@ -269,6 +278,33 @@ def test_use_when_the_policy_changes_then_what_is_admitted_keeps_its_range() -> 
     batch, _ = target.next_batch(0.0)
     assert batch is not None
     assert batch.rungs == [1]
+
+
+class Broken(Stateless):
+    """A policy with a mistake."""
+
+    name = "broken"
+
+    def decide(self, view: View) -> Proposal:
+        raise ZeroDivisionError
+
+
+def test_clear_when_a_policy_failed_then_those_that_were_late_are_handed_back_too() -> None:
+    target = scheduler(Broken())
+    late, waiting = request(deadline_s=0.01), request(deadline_s=0.1)
+    admitted(target, late, waiting)
+    with pytest.raises(ZeroDivisionError):
+        target.next_batch(0.02)
+    assert target.clear() == [late, waiting]
+
+
+def test_use_when_the_horizon_changes_then_arrivals_are_measured_anew() -> None:
+    target = scheduler(Propose(0))
+    admitted(target, request())
+    target.use(Propose(0), 0.1)  # the one it has
+    assert target.arrival_rate_hz(0.0) > 0
+    target.use(Propose(0), 0.05)
+    assert target.arrival_rate_hz(0.0) == 0
 
 
 def test_clear_when_stopping_then_everybody_is_handed_back() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vmoe.preprocess import Preprocessing, fit, normalize, scale_and_offset
+from vmoe.preprocess import Preprocessing, fit, normalize, parse_channel_values, scale_and_offset
 
 GRAY = Preprocessing((4, 4), 1, (0.5,), (0.5,))
 COLOUR = Preprocessing((4, 4), 3, (0.5,) * 3, (0.5,) * 3)
@@ -109,7 +109,10 @@ def test_preprocessing_from_the_lists_of_a_json_file_equals_the_one_from_tuples(
         ({"channels": 4}, "channels must be 1 or 3, got 4"),
         ({"mean": (0.5, 0.5)}, "mean and std need 1 values each"),
         ({"std": ()}, "mean and std need 1 values each"),
-        ({"std": (0.0,)}, r"std must be above 0, got \(0.0,\)"),
+        ({"std": (0.0,)}, r"std must be above 0 and finite, got \(0.0,\)"),
+        ({"mean": (float("nan"),)}, r"mean must be finite, got \(nan,\)"),
+        ({"std": (float("nan"),)}, "std must be above 0 and finite"),
+        ({"std": (float("inf"),)}, "std must be above 0 and finite"),
         ({"fit": "crop"}, "fit must be 'stretch' or 'center_crop', got 'crop'"),
         ({"crop_fraction": 0.0}, "crop_fraction must be above 0 and at most 1, got 0.0"),
         ({"crop_fraction": 1.1}, "crop_fraction must be above 0 and at most 1, got 1.1"),
@@ -118,3 +121,32 @@ def test_preprocessing_from_the_lists_of_a_json_file_equals_the_one_from_tuples(
 def test_preprocessing_with_a_bad_value_says_what_would_be_right(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         changed(**changes)
+
+
+def test_overridden_changes_what_is_given_and_keeps_the_rest() -> None:
+    cropped = COLOUR.overridden(fit="center_crop", crop_fraction=0.875)
+    assert cropped == Preprocessing((4, 4), 3, (0.5,) * 3, (0.5,) * 3, "center_crop", 0.875)
+    other = cropped.overridden(mean=(0.1, 0.2, 0.3))
+    assert (other.mean, other.std, other.fit, other.crop_fraction) == (
+        (0.1, 0.2, 0.3),
+        (0.5,) * 3,
+        "center_crop",
+        0.875,
+    )
+    assert cropped.overridden(fit="stretch") == COLOUR  # nothing is cut off any more
+    assert cropped.overridden() == cropped
+
+
+def test_crop_fraction_of_stretched_images_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"crop_fraction 0\.875 needs fit 'center_crop', the fit is 'stretch'"):
+        COLOUR.overridden(crop_fraction=0.875)
+
+
+def test_channel_values_are_numbers_between_commas() -> None:
+    assert parse_channel_values("0.485, 0.456,0.406") == (0.485, 0.456, 0.406)
+
+
+@pytest.mark.parametrize("text", ["", "a", "0.5;0.5", "0.5,,0.5"])
+def test_channel_values_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not a number per channel, expected such as 0\.485,0\.456,0\.406"):
+        parse_channel_values(text)

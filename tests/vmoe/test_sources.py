@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import pickle
+import struct
+import tracemalloc
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
@@ -24,9 +29,9 @@ from vmoe.checkpoint import Checkpoint, save_checkpoint
 from vmoe.config import ConfigError
 from vmoe.errors import CheckpointError
 from vmoe.flax import read_parameters
-from vmoe.npz import read_npz
-from vmoe.orbax import find_orbax, read_orbax
-from vmoe.sources import find_source, load_source
+from vmoe.npz import npz_shapes, read_npz
+from vmoe.orbax import find_orbax, orbax_shapes, read_orbax
+from vmoe.sources import find_source, load_source, read_architecture
 
 ORBAX = DIRECTORY / "token_k2_orbax"
 
@@ -188,6 +193,34 @@ def test_missing_chunk_of_an_orbax_array_is_no_array_of_zeros(tmp_path: Path) ->
         read_orbax(tmp_path)
 
 
+def test_orbax_chunk_of_absurd_size_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    tensorstore = pytest.importorskip("tensorstore")
+    metadata = {"shape": [4], "chunks": [2**33], "dtype": "<f4"}  # 32 GB of zeros fit into a few compressed megabytes
+    store = {"driver": "file", "path": str(tmp_path / "params.a.b")}
+    tensorstore.open({"driver": "zarr", "kvstore": store, "metadata": metadata}, create=True).result()
+    with pytest.raises(CheckpointError, match=r"a/b of shape \(4,\) has chunks of shape \(8589934592,\)"):
+        orbax_shapes(tmp_path)
+
+
+def no_values(*arguments: Any, **options: Any) -> Any:
+    raise AssertionError("values were read")
+
+
+@pytest.mark.parametrize("kind", ["orbax", "npz"])
+def test_mismatch_is_found_before_values_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    pytest.importorskip("tensorstore")
+    path = ORBAX / "checkpoint"
+    if kind == "npz":
+        path = tmp_path / "vit.npz"
+        np.savez(path, **read_parameters(Case("token_k2_unknown_trainstate").prefix))  # type: ignore[arg-type]
+    monkeypatch.setattr("vmoe.sources.read_orbax", no_values)
+    monkeypatch.setattr("vmoe.sources.read_npz", no_values)
+    expected = r"embedding/kernel has shape \(8, 8, 3, 24\), expected \(8, 8, 3, 40\)"
+    with pytest.raises(ConfigError, match=expected):
+        load_source(path, config_path=Case("token_k2").directory / "config.json")
+    assert read_architecture(path) == load_source(Case("token_k2_unknown_trainstate").prefix).config
+
+
 # npz
 
 
@@ -225,6 +258,7 @@ def test_npz_of_every_style_gives_the_same_model(tmp_path: Path, style: str) -> 
     path = tmp_path / "vit.npz"
     extra = {"opt/mu": np.zeros(3)} if style == "big_vision" else {}
     np.savez(path, **{rename(k): v for k, v in parameters.items()}, **extra)  # type: ignore[arg-type]
+    assert npz_shapes(path) == {name: values.shape for name, values in read_npz(path).items()}
     with torch.inference_mode():
         logits = load_source(path).model()(torch.from_numpy(case.inputs)).logits.numpy()
     golden = np.load(case.directory / "golden_logits.npz")["dense"]
@@ -235,6 +269,13 @@ def test_npz_stores_bfloat16_as_two_raw_bytes(tmp_path: Path) -> None:
     # 1.5 is 0x3fc00000 in float32; bfloat16 is the upper half.
     np.savez(tmp_path / "a.npz", x=np.array([0x3FC0, 0xBFC0], "<u2").view("V2"))
     assert read_npz(tmp_path / "a.npz")["x"].tolist() == [1.5, -1.5]
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8"])
+def test_npz_stores_floats_of_any_width_and_order(tmp_path: Path, dtype: str) -> None:
+    np.savez(tmp_path / "a.npz", x=np.array([[1.5, -2], [0.25, 3]], dtype, order="F"))
+    values = read_npz(tmp_path / "a.npz")["x"]
+    assert (values.dtype, values.tolist()) == (np.float32, [[1.5, -2], [0.25, 3]])
 
 
 def corrupt(values: npt.NDArray[Any], path: Path) -> bytes:
@@ -270,6 +311,69 @@ def test_npz_that_claims_more_than_it_holds_is_refused(tmp_path: Path) -> None:
         read_npz(tmp_path / "a.npz")
 
 
+def write_header(path: Path, header: bytes) -> None:
+    """An npz file of one array `x`, of version 2.0, where the length of the header has four bytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\x02\x00" + struct.pack("<I", len(header)) + header + bytes(28))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("(-7,)", r"x has shape \(-7,\), every axis should be at least 1"),
+        ("(0, 10000000000000000000000000)", "every axis should be at least 1"),
+        ("(7.0,)", "x is not an array"),
+        ("(" * 3000 + ")" * 3000, "x is not an array"),
+        ("(" + "9" * 5000 + ",)", "x is not an array"),
+        ("(4,)}", "x is not an array"),
+    ],
+    ids=["negative", "empty", "fraction", "nested", "digits", "syntax"],
+)
+def test_npz_header_that_makes_no_sense_is_refused(tmp_path: Path, shape: str, message: str) -> None:
+    write_header(tmp_path / "a.npz", f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode())
+    for read in (npz_shapes, read_npz):
+        with pytest.raises(CheckpointError, match=message):
+            read(tmp_path / "a.npz")
+
+
+def test_npz_header_of_absurd_length_costs_no_memory(tmp_path: Path) -> None:
+    # 200 MB of spaces deflate to 0.2 MB, and NumPy would read all of a header before it finds it too long.
+    write_header(tmp_path / "a.npz", b" " * 200_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="x is not an array"):
+            read_npz(tmp_path / "a.npz")
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_npz_is_read_within_its_parameters_and_a_margin(tmp_path: Path) -> None:
+    values = np.ones((4, 2**20), np.float32)
+    np.savez(tmp_path / "a.npz", x=values, y=values)
+    tracemalloc.start()
+    try:
+        read_npz(tmp_path / "a.npz")
+        # One byte per value while they are checked for being finite, and a piece of the file.
+        assert tracemalloc.get_traced_memory()[1] < 1.3 * 2 * values.nbytes
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.filterwarnings("ignore:Reading `.npy` or `.npz` file required additional header parsing")
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_npz_is_refused_or_read(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, x=np.ones((3, 4), np.float32), y=np.ones(5, np.float16))
+    damaged = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(damaged)
+    with contextlib.suppress(CheckpointError):
+        read_npz(path)
+
+
 def test_truncated_npz_is_refused(tmp_path: Path) -> None:
     data = corrupt(np.zeros(700, np.float32), tmp_path / "a.npz")
     (tmp_path / "a.npz").write_bytes(data[: len(data) // 2])
@@ -290,6 +394,26 @@ def test_state_dict_beside_its_configuration_is_the_model(tmp_path: Path) -> Non
         loaded = load_source(tmp_path / path)
         assert loaded.config == checkpoint.config
         assert states_equal(loaded, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.full((7,), float("nan")), "head.bias should be finite, found 7 values that are not"),
+        (torch.zeros(7, dtype=torch.int64), "head.bias should be floating-point numbers, found torch.int64"),
+    ],
+)
+def test_weights_that_are_no_finite_numbers_are_named_in_every_kind_of_state(
+    tmp_path: Path, value: Tensor, message: str
+) -> None:
+    _, checkpoint = load_case("map_head")
+    damaged = replace(checkpoint, state=checkpoint.state | {"head.bias": value})
+    save_checkpoint(tmp_path / "directory", damaged)
+    (tmp_path / "config.json").write_text(checkpoint.config.to_json())
+    torch.save(damaged.state, tmp_path / "model.pt")
+    for path in (tmp_path / "directory", tmp_path / "model.pt"):
+        with pytest.raises(CheckpointError, match=f"{path}: parameter {message}"):
+            load_source(path)
 
 
 def test_state_dict_without_configuration_asks_for_it(tmp_path: Path) -> None:

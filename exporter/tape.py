@@ -1,0 +1,108 @@
+"""Writing nodes and weights of an ONNX graph: what the transformer and its experts have in common.
+
+Axes: N rows of a 2-D matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from exporter.bundle import WeightType
+
+LAYER_NORM_EPSILON = 1e-6
+
+State = Mapping[str, npt.NDArray[np.float32]]
+STORED_TYPES: dict[WeightType, tuple[npt.DTypeLike, ir.DataType]] = {
+    "float32": (np.float32, ir.DataType.FLOAT),
+    "float16": (np.float16, ir.DataType.FLOAT16),
+    "bfloat16": (ml_dtypes.bfloat16, ir.DataType.BFLOAT16),
+}
+
+
+class Tape:
+    """Nodes in the order in which they run, and initializers.
+
+    Attributes:
+        state: parameters under the names of `vmoe.model.VisionTransformer.state_dict`.
+        weight_type: in which they are stored.
+    """
+
+    def __init__(self, state: State, weight_type: WeightType) -> None:
+        self.state, self.weight_type = state, weight_type
+        self._tape = ir.tape.Tape()
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+
+    def graph(self, inputs: list[ir.Value], outputs: list[ir.Value], opset: int) -> ir.Graph:
+        """All that was written, as a graph."""
+        tape = self._tape
+        return ir.Graph(
+            inputs,
+            outputs,
+            nodes=tape.nodes,
+            initializers=tape.initializers,
+            opset_imports={"": opset},
+            name="vmoe",
+        )
+
+    def op(self, kind: str, *inputs: ir.Value | None, **attributes: int | float | str | list[int]) -> ir.Value:
+        return self._tape.op(kind, inputs, attributes)
+
+    def outputs(
+        self, count: int, kind: str, *inputs: ir.Value, **attributes: int | float | str | list[int]
+    ) -> tuple[ir.Value, ...]:
+        """The values of a node that has several. A Split without sizes wants their number as an attribute, too."""
+        return tuple(self._tape.op_multi_out(kind, inputs, attributes, num_outputs=count))
+
+    def constant(self, values: npt.ArrayLike, dtype: npt.DTypeLike = np.int64) -> ir.Value:
+        """A small constant, stored once per value."""
+        array = np.asarray(values, dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self._tape.initializer(ir.tensor(array), name=f"constant_{len(self._constants)}")
+        return self._constants[key]
+
+    def weight(
+        self,
+        name: str,
+        values: npt.NDArray[np.float32] | None = None,
+        *,
+        factor: npt.NDArray[np.float32] | None = None,
+    ) -> ir.Value:
+        """A parameter as float32, under the state's name.
+
+        Arguments:
+            values: replaces the state's; a rearrangement of them.
+            factor: broadcast over the last axis. With storage of 16 bits it is multiplied after widening, which the
+                runtime does once at load, so that the stored numbers are the rounded parameters themselves.
+        """
+        array = self.state[name] if values is None else values
+        dtype, ir_type = STORED_TYPES[self.weight_type]
+        scaled = factor if self.weight_type == "float32" else None
+
+        def stored_tensor() -> ir.TensorProtocol:
+            return ir.tensor(np.ascontiguousarray(array if scaled is None else array * scaled, dtype=dtype))
+
+        # Made when it is written: transposed copies of all weights at once would double the memory.
+        tensor = ir.LazyTensor(stored_tensor, dtype=ir_type, shape=ir.Shape(array.shape), name=name)
+        stored = self._tape.initializer(tensor, name=name)
+        if self.weight_type == "float32":
+            return stored
+        wide = self.op("Cast", stored, to=ir.DataType.FLOAT.value)
+        return wide if factor is None else self.op("Mul", wide, self.constant(factor, np.float32))
+
+    def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
+        return self.op("Reshape", value, self.constant(shape))
+
+    def linear(self, rows: ir.Value, name: str) -> ir.Value:
+        """(N, in) -> (N, out); the weight is (out, in) as torch stores it."""
+        weight = self.weight(f"{name}.weight", self.state[f"{name}.weight"].T)
+        return self.op("Gemm", rows, weight, self.weight(f"{name}.bias"))
+
+    def layer_norm(self, rows: ir.Value, name: str) -> ir.Value:
+        scale, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        return self.op("LayerNormalization", rows, scale, bias, axis=-1, epsilon=LAYER_NORM_EPSILON)

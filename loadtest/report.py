@@ -1,0 +1,265 @@
+"""The report: one schema for live and simulated runs. JSON on disk; `loadtest.tables` prints it.
+
+A figure that cannot be known is null, and `unknown` says why under the same name: the accuracy of a bundle that was
+exported without images, everything but the bound in a report of the oracle.
+
+    accuracy of an answer   measured accuracy of its operating point, whatever the image
+    effective accuracy      that accuracy where the answer was in time, 0 where not or where none came, over all offered
+    slo_attainment          answered in time, over all offered
+    missed_ratio            admitted and then late or dropped, over all offered
+    shed_ratio              refused on arrival, over all offered
+    degraded_ratio          answered below the ceiling of the budget, over all answers
+    latency_s               of admitted requests, from the arrival; a dropped one counts at least its deadline
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+from loadtest.outcomes import SERVE_REASONS, SHED_REASONS, Outcome, Outcomes
+from loadtest.trace import Trace
+from server.ladder import Ladder
+
+SCHEMA_VERSION: Final = 1
+NO_ACCURACY = "the bundle was exported without images: no accuracy was measured"
+NO_ANSWERS = "nothing was answered"
+NO_REQUESTS = "nothing was offered"
+_DEGRADED = [code for code, reason in enumerate(SERVE_REASONS) if reason in ("slack", "load")]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LatencyQuantiles(_Model):
+    """Seconds; null where nobody was admitted."""
+
+    p50: float | None = None
+    p90: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+    p999: float | None = None
+    mean: float | None = None
+    max: float | None = None
+
+
+class Figures(_Model):
+    """Of all requests, or of one budget; see the module for what each means."""
+
+    offered: int
+    answered: int
+    slo_attainment: float | None
+    mean_accuracy: float | None
+    effective_accuracy: float | None
+    shed_ratio: float | None
+    missed_ratio: float | None
+    degraded_ratio: float | None
+    latency_s: LatencyQuantiles
+    shed_by_reason: dict[str, int]
+
+
+class PointShare(_Model):
+    """Answers at one operating point; C and K are null for a dense model."""
+
+    capacity_factor: float | None
+    num_selected_experts: int | None
+    accuracy: float | None
+    answers: int
+    share: float
+
+
+class PolicyUsed(_Model):
+    """Name, and where its parameters came from."""
+
+    name: str
+    source: str
+
+
+class Oracle(_Model):
+    """An upper bound on the effective accuracy, and how it was obtained (`loadtest.oracle`)."""
+
+    effective_accuracy: float
+    method: str
+
+
+class Setup(_Model):
+    """What was run, on what.
+
+    Attributes:
+        kind: how.
+        bundle: directory; manifest_sha256: of its manifest.
+        trace: file or description; trace_sha256: of its content.
+        seed, noise, slowdown: of the simulated machine; null in a live run.
+    """
+
+    kind: Literal["simulated", "live"]
+    policy: PolicyUsed
+    bundle: str
+    manifest_sha256: str
+    trace: str
+    trace_sha256: str
+    workers: int
+    max_batch_size: int
+    seed: int | None = None
+    noise: float | None = None
+    slowdown: float | None = None
+
+
+class Report(Figures):
+    """One run."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    setup: Setup
+    duration_s: float
+    rate_hz: float | None
+    budgets: dict[str, Figures]
+    points: list[PointShare]
+    mean_batch_size: float | None
+    decisions: int
+    mean_decision_s: float | None
+    oracle: Oracle | None = None
+    unknown: dict[str, str]
+    versions: dict[str, str]
+
+
+def summarise(trace: Trace, outcomes: Outcomes, ladder: Ladder, setup: Setup) -> Report:
+    """The report of a run."""
+    everybody = np.ones(len(trace), np.bool_)
+    figures = _figures(outcomes, ladder, everybody)
+    rungs = outcomes.rung[outcomes.answered]
+    counts = np.bincount(rungs, minlength=len(ladder)).tolist()
+    unknown = _unknown(figures, _accuracies(ladder) is not None)
+    return Report(
+        **dict(figures),
+        setup=setup,
+        duration_s=trace.duration_s,
+        rate_hz=len(trace) / trace.duration_s if trace.duration_s else None,
+        budgets={name: _figures(outcomes, ladder, trace.budget == code) for code, name in enumerate(trace.budgets)},
+        points=[_point_share(ladder, rung, count, len(rungs)) for rung, count in enumerate(counts) if count],
+        mean_batch_size=_mean(outcomes.batch_size),
+        decisions=len(outcomes.decision_s),
+        mean_decision_s=_mean(outcomes.decision_s),
+        unknown=unknown,
+        versions=versions(),
+    )
+
+
+def oracle_report(trace: Trace, bound: Oracle | None, setup: Setup) -> Report:
+    """A report that holds a bound and nothing else: what the best schedule looks like is not known."""
+    nothing = "the oracle bounds the effective accuracy; it is no schedule"
+    names = ("slo_attainment", "mean_accuracy", "shed_ratio", "missed_ratio", "degraded_ratio", "latency_s", "answered")
+    unknown = dict.fromkeys(names, nothing)
+    if bound is None:
+        unknown["effective_accuracy"] = NO_ACCURACY
+    return Report(
+        offered=len(trace),
+        answered=0,
+        slo_attainment=None,
+        mean_accuracy=None,
+        effective_accuracy=None if bound is None else bound.effective_accuracy,
+        shed_ratio=None,
+        missed_ratio=None,
+        degraded_ratio=None,
+        latency_s=LatencyQuantiles(),
+        shed_by_reason={},
+        setup=setup,
+        duration_s=trace.duration_s,
+        rate_hz=len(trace) / trace.duration_s if trace.duration_s else None,
+        budgets={},
+        points=[],
+        mean_batch_size=None,
+        decisions=0,
+        mean_decision_s=None,
+        oracle=bound,
+        unknown=unknown,
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of what decided and measured."""
+    try:
+        own = version("vmoe-serving")
+    except PackageNotFoundError:  # run from a source tree
+        own = "source tree"
+    return {"vmoe-serving": own, "python": platform.python_version(), "numpy": np.__version__}
+
+
+def _figures(outcomes: Outcomes, ladder: Ladder, mask: npt.NDArray[np.bool_]) -> Figures:
+    """Of the requests in `mask`, (N,)."""
+    outcome, offered = outcomes.outcome[mask], int(mask.sum())
+    answered, met = outcome <= Outcome.late, outcome == Outcome.met
+    num_answered = int(answered.sum())
+    accuracies = _accuracies(ladder)
+    mean_accuracy = effective_accuracy = None
+    if accuracies is not None:
+        gained = accuracies[outcomes.rung[mask]]  # rung -1 of the unanswered reads the last entry, which is 0
+        effective_accuracy = _ratio(float(gained[met].sum()), offered)
+        mean_accuracy = _ratio(float(gained.sum()), num_answered)
+    shed = np.bincount(outcome[outcome >= Outcome.SHED] - int(Outcome.SHED), minlength=len(SHED_REASONS)).tolist()
+    missed = int(((outcome == Outcome.late) | (outcome == Outcome.expired)).sum())
+    degraded = int(np.isin(outcomes.reason[mask][answered], _DEGRADED).sum())
+    return Figures(
+        offered=offered,
+        answered=num_answered,
+        slo_attainment=_ratio(int(met.sum()), offered),
+        mean_accuracy=mean_accuracy,
+        effective_accuracy=effective_accuracy,
+        shed_ratio=_ratio(sum(shed), offered),
+        missed_ratio=_ratio(missed, offered),
+        degraded_ratio=_ratio(degraded, num_answered),
+        latency_s=_quantiles(outcomes.latency_s[mask]),
+        shed_by_reason=dict(zip(SHED_REASONS, shed, strict=True)),
+    )
+
+
+def _unknown(figures: Figures, accuracies_known: bool) -> dict[str, str]:
+    """Why each figure that is null is so."""
+    nothing = NO_ANSWERS if figures.offered else NO_REQUESTS
+    reasons = {name: nothing for name, value in figures if value is None}
+    if not accuracies_known:
+        reasons |= dict.fromkeys(("mean_accuracy", "effective_accuracy"), NO_ACCURACY)
+    if figures.latency_s.p50 is None:
+        reasons["latency_s"] = "nobody was admitted" if figures.offered else NO_REQUESTS
+    return reasons
+
+
+def _accuracies(ladder: Ladder) -> npt.NDArray[np.float64] | None:
+    """(P + 1,) of each rung, and 0 for no answer; None where one is unknown: a mean over the others would mislead."""
+    known = [rung.accuracy for rung in ladder.rungs if rung.accuracy is not None]
+    return np.array([*known, 0.0]) if len(known) == len(ladder) else None
+
+
+def _quantiles(latency_s: npt.NDArray[np.float64]) -> LatencyQuantiles:
+    admitted = latency_s[~np.isnan(latency_s)]
+    if not len(admitted):
+        return LatencyQuantiles()
+    p50, p90, p95, p99, p999 = np.percentile(admitted, (50, 90, 95, 99, 99.9)).tolist()
+    return LatencyQuantiles(
+        p50=p50, p90=p90, p95=p95, p99=p99, p999=p999, mean=float(admitted.mean()), max=float(admitted.max())
+    )
+
+
+def _point_share(ladder: Ladder, rung: int, answers: int, total: int) -> PointShare:
+    point = ladder.rungs[rung].point
+    return PointShare(
+        capacity_factor=None if point is None else point.capacity_factor,
+        num_selected_experts=None if point is None else point.num_selected_experts,
+        accuracy=ladder.rungs[rung].accuracy,
+        answers=answers,
+        share=answers / total,
+    )
+
+
+def _ratio(part: float, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _mean(values: npt.NDArray[np.uint16] | npt.NDArray[np.float32]) -> float | None:
+    return float(values.mean()) if len(values) else None

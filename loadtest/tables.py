@@ -1,0 +1,88 @@
+"""Reports for people."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from loadtest.report import Figures, Report
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Summary, budgets where there are several, and operating points."""
+    if report.oracle is not None:
+        console.print(f"oracle: effective accuracy at most {_percent(report.oracle.effective_accuracy)} %")
+        console.print(report.oracle.method, soft_wrap=True)
+    else:
+        console.print(_budgets(report))
+        console.print(_points(report))
+    for name, reason in report.unknown.items():
+        if report.oracle is None:
+            console.print(f"{name} is unknown: {reason}")
+    if report.mean_decision_s is not None and report.mean_batch_size is not None:
+        console.print(
+            f"{report.decisions:,} batches of {report.mean_batch_size:.1f} images, "
+            f"{1e6 * report.mean_decision_s:.0f} us per decision"
+        )
+
+
+def _budgets(report: Report) -> Table:
+    setup = report.setup
+    rate = "" if report.rate_hz is None else f", {report.rate_hz:,.0f} requests/s"
+    table = Table(
+        "budget",
+        "offered",
+        "in time %",
+        "eff. acc. %",
+        "acc. %",
+        "degraded %",
+        "missed %",
+        "shed %",
+        "p50 ms",
+        "p99 ms",
+        box=SIMPLE,  # ten columns in 80 characters
+        title=f"{setup.policy.name} on {setup.bundle}: {report.duration_s:,.1f} s{rate}",
+    )
+    if len(report.budgets) > 1:
+        for name, figures in report.budgets.items():
+            table.add_row(*_row(name, figures))
+        table.add_section()
+    table.add_row(*_row("all", report))
+    return table
+
+
+def _row(name: str, figures: Figures) -> tuple[str, ...]:
+    return (
+        name,
+        f"{figures.offered:,}",
+        _percent(figures.slo_attainment),
+        _percent(figures.effective_accuracy),
+        _percent(figures.mean_accuracy),
+        _percent(figures.degraded_ratio),
+        _percent(figures.missed_ratio),
+        _percent(figures.shed_ratio),
+        _ms(figures.latency_s.p50),
+        _ms(figures.latency_s.p99),
+    )
+
+
+def _points(report: Report) -> Table:
+    table = Table("C", "K", "accuracy %", "answers", "share %", box=SIMPLE)
+    for point in report.points:
+        table.add_row(
+            "-" if point.capacity_factor is None else f"{point.capacity_factor:g}",
+            "-" if point.num_selected_experts is None else str(point.num_selected_experts),
+            _percent(point.accuracy),
+            f"{point.answers:,}",
+            _percent(point.share),
+        )
+    return table
+
+
+def _percent(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{100 * ratio:.2f}"
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.1f}"
