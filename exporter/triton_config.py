@@ -65,7 +65,7 @@ def warmup_files(manifest: Manifest) -> dict[str, tuple[int, ...]]:
 
 
 def _lines(manifest: Manifest, options: TritonOptions) -> Iterator[str]:
-    yield "# Written by `python -m exporter`; `--triton-only` writes it again without an export."
+    yield "# Written by `python -m exporter`; --triton-only writes it again without an export."
     yield f'name: "{manifest.name}"'
     yield f'backend: "{options.backend}"'
     yield f"max_batch_size: {manifest.max_batch_size}"
@@ -107,7 +107,7 @@ def _queue() -> Iterator[str]:
 
 def _accelerator(options: TritonOptions) -> Iterator[str]:
     if options.backend == "onnxruntime" and options.device == "gpu":
-        yield "# CUDA by name: TensorRT would compile an engine for every number of kept tokens."
+        yield "# TensorRT would compile an engine for every number of kept tokens."
         yield 'optimization { execution_accelerators { gpu_execution_accelerator [ { name: "cuda" } ] } }'
 
 
@@ -126,12 +126,10 @@ def _warmup(manifest: Manifest) -> Iterator[str]:
 
     Triton hands a sample over as `batch_size` requests of one image in one execution.
     """
-    moe = manifest.architecture.moe
-    group = 1 if moe is None else moe.group_images
     images, *rest = (_tensor_of_sample(tensor) for tensor in graph_inputs(manifest))
     # Random bytes are no good as floats: they include NaN.
     pixels = f'key: "images" value {{ {images} {"random" if manifest.input == "uint8" else "zero"}_data: true }}'
-    for size in (size * group for size in BATCH_SIZES if size * group <= manifest.max_batch_size):
+    for size in _batch_sizes(manifest):
         for point in frontier(manifest.points) or (None,):
             yield "model_warmup [ {"
             yield f'  name: "{_point_name(point)}, batch {size}"'
@@ -143,6 +141,16 @@ def _warmup(manifest: Manifest) -> Iterator[str]:
                 file = _selected_file(point)
                 yield f'  inputs {{ key: "num_selected_experts" value {{ {selected} input_data_file: "{file}" }} }}'
             yield "} ]"
+
+
+def _batch_sizes(manifest: Manifest) -> list[int]:
+    """Those that were profiled, from which a gateway foresees all others; without a profile the usual ones."""
+    profiled = {entry.batch_size for point in manifest.points for entry in point.latency}
+    if profiled:
+        return sorted(profiled)
+    moe = manifest.architecture.moe
+    group = 1 if moe is None else moe.group_images
+    return [size * group for size in BATCH_SIZES if size * group <= manifest.max_batch_size]
 
 
 def _tensor_of_sample(tensor: Tensor) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Final
 
 from server.deadline_queue import DeadlineQueue
@@ -12,7 +12,7 @@ from server.latency import LatencyModel
 EPSILON_S: Final = 1e-9  # sums of floats in another order
 
 
-def delay_s(queue: DeadlineQueue, latency: LatencyModel, free_s: Iterable[float], start: int, size: int) -> float:
+def delay_s(queue: DeadlineQueue, latency: LatencyModel, free_s: Sequence[float], start: int, size: int) -> float:
     """By how much the first request that misses its deadline would be late; 0 when the plan meets all.
 
     Every batch goes to the worker that is free first and takes the q-quantile of predicted latency. In a batch, the
@@ -23,18 +23,30 @@ def delay_s(queue: DeadlineQueue, latency: LatencyModel, free_s: Iterable[float]
         start: of the queue's positions, the first to be planned.
         size: of a batch.
     """
-    deadlines, floors, uniform = queue.deadlines, queue.floors, queue.uniform_floor
-    workers, total = sorted(free_s), len(deadlines)
-    # Most queues have one floor: their batches take the same time, but for the last.
-    full_s = 0.0 if uniform is None else latency.uniform_s(uniform, size, high=True)
+    uniform = queue.uniform_floor
+    if uniform is not None:
+        return _uniform_delay_s(queue, latency, free_s, start, size, uniform)
+    # A plan with everybody at the costliest floor takes no less time, and no look at every request.
+    if not _uniform_delay_s(queue, latency, free_s, start, size, queue.heaviest_floor):
+        return 0.0
+    deadlines, floors, workers = queue.deadlines, queue.floors, sorted(free_s)
+    for head in range(start, len(deadlines), size):
+        end_s = workers[0] + latency.predict_s(floors[head : head + size], high=True)
+        if end_s > deadlines[head] + EPSILON_S:
+            return end_s - deadlines[head]
+        heapq.heapreplace(workers, end_s)
+    return 0.0
+
+
+def _uniform_delay_s(
+    queue: DeadlineQueue, latency: LatencyModel, free_s: Sequence[float], start: int, size: int, floor: int
+) -> float:
+    """As `delay_s`, with every request at one floor: all batches take the same time, but for the last."""
+    deadlines, workers = queue.deadlines, sorted(free_s)
+    total = len(deadlines)
+    full_s = latency.uniform_s(floor, size, high=True)
     for head in range(start, total, size):
-        stop = head + size
-        if uniform is None:
-            batch_s = latency.predict_s(floors[head:stop], high=True)
-        elif stop <= total:
-            batch_s = full_s
-        else:
-            batch_s = latency.uniform_s(uniform, total - head, high=True)
+        batch_s = full_s if head + size <= total else latency.uniform_s(floor, total - head, high=True)
         end_s = workers[0] + batch_s
         if end_s > deadlines[head] + EPSILON_S:
             return end_s - deadlines[head]
