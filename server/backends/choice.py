@@ -27,7 +27,7 @@ def create_backend(settings: Settings, bundle: Bundle, registry: CollectorRegist
         ) from error
     metrics = BackendMetrics(registry)
     triton = TritonBackend(
-        bundle,
+        bundle.manifest,
         settings.triton_endpoints,
         timeout_s=settings.triton_timeout_s,
         probe_s=settings.triton_probe_s,

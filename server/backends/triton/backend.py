@@ -5,24 +5,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from exporter.bundle import Bundle
+from exporter.bundle import Manifest
 from server.backends.base import Batch, Outputs
 from server.backends.triton.endpoint import Endpoint, choose
 from server.backends.triton.failure import CallFailed, may_retry
 from server.backends.triton.grpc_client import GrpcClient
-from server.backends.triton.link import Link
+from server.backends.triton.link import Client, Link
 from server.errors import BackendUnavailable, DeadlineExceeded, GatewayError, InferenceFailed
 from server.metrics import BackendMetrics
 
 
 class TritonBackend:
-    """Runs a bundle's model where it is served.
+    """Runs a model where it is served.
 
     Arguments:
-        bundle: what the servers must serve.
+        manifest: of what the servers must serve.
         urls: host:port of each server's gRPC endpoint. Metrics have their position.
         timeout_s: no batch takes longer, whatever its deadline.
         probe_s: between probes of a server, and the time for one.
+        connect: to a URL, for a manifest; called in the event loop.
 
     Attributes:
         endpoints: to be read.
@@ -32,10 +33,17 @@ class TritonBackend:
     cancellable = True
 
     def __init__(
-        self, bundle: Bundle, urls: Sequence[str], *, timeout_s: float, probe_s: float, metrics: BackendMetrics
+        self,
+        manifest: Manifest,
+        urls: Sequence[str],
+        *,
+        timeout_s: float,
+        probe_s: float,
+        metrics: BackendMetrics,
+        connect: Callable[[str, Manifest], Client] = GrpcClient,
     ) -> None:
         self.endpoints = [Endpoint(str(position), probe_s) for position in range(len(urls))]
-        self._bundle, self._urls, self._metrics = bundle, urls, metrics
+        self._manifest, self._urls, self._metrics, self._connect = manifest, urls, metrics, connect
         self._timeout_s, self._probe_s = timeout_s, probe_s
         self._links: dict[Endpoint, Link] = {}
         self._probes: list[asyncio.Task[None]] = []
@@ -46,12 +54,11 @@ class TritonBackend:
         return sum(endpoint.capacity for endpoint in self.endpoints)
 
     async def start(self, changed: Callable[[], None]) -> None:
-        manifest = self._bundle.manifest
         for endpoint, url in zip(self.endpoints, self._urls, strict=True):
             self._links[endpoint] = Link(
                 endpoint,
-                GrpcClient(url, manifest),
-                manifest,
+                self._connect(url, self._manifest),
+                self._manifest,
                 f"Triton endpoint {endpoint.name} ({url})",
                 timeout_s=self._timeout_s,
                 probe_s=self._probe_s,

@@ -129,8 +129,8 @@ class Link:
         else:
             self._missed = 0
             self.endpoint.breaker.probe_passed()
-        if self.endpoint.capacity != before:
-            self._changed()
+            if self.endpoint.capacity != before:
+                self._changed()
 
     async def close(self) -> None:
         await self._client.close()
