@@ -1,0 +1,253 @@
+"""What does the gateway cost in front of Triton? `python -m tests.benchmarks.triton_overhead [BUNDLE]`.
+
+Starts a real Triton server with one instance and a gateway as a process of its own, and asks both for the same images
+at the full point, from this process: `tritonclient` to the server, HTTP with PNG files to the gateway. Requests take
+turns for latency, slices of seconds for throughput. Then the same for inputs in system shared memory against inputs in
+the message.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import tritonclient.grpc as triton_client
+import tritonclient.utils.shared_memory as shared_memory
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from exporter.bundle import Bundle
+from exporter.measure import sample_images
+from tests.triton_server import TritonServer, free_port, python_repository
+
+SIZES = (1, 8, 16)
+ROUNDS = 300
+CLIENTS, SLICES, SLICE_S, THROUGHPUT_SIZE = 4, 6, 2.0, 16
+OUTPUTS = [triton_client.InferRequestedOutput(name) for name in ("logits", "kept", "expert_load")]
+TYPES = {"uint8": "UINT8", "int64": "INT64"}
+
+_T = TypeVar("_T")
+Feeds = dict[str, npt.NDArray[Any]]
+
+
+def main(directory: str = "model_repository/vmoe-fashion-mnist") -> None:
+    bundle = Bundle.load(Path(directory))
+    images = sample_images(bundle.manifest.preprocessing, None, max(SIZES))
+    with (
+        tempfile.TemporaryDirectory() as repository,
+        TritonServer(python_repository(bundle.directory, Path(repository))) as server,
+        serving(bundle, server.grpc_url) as url,
+        httpx.Client(base_url=url, timeout=60) as gateway,
+        triton_client.InferenceServerClient(server.grpc_url) as direct,
+    ):
+        Console().print(latencies(bundle, images, direct, gateway))
+        Console().print(throughput(bundle, images, server.grpc_url, url))
+        Console().print(shared_inputs(bundle, images, direct))
+
+
+def latencies(bundle: Bundle, images: npt.NDArray[np.uint8], direct: Any, gateway: httpx.Client) -> Table:
+    table = Table(
+        "images", "direct, ms", "gateway, ms", "added, ms", "of which decode and queue, ms", title="median latency"
+    )
+    for size in SIZES:
+        inputs, files = tensors(feeds(bundle, images[:size])), multipart(images[:size])
+        times: dict[str, list[float]] = {"direct": [], "gateway": [], "stages": []}
+        for _ in track(range(ROUNDS), f"latency of {size}"):
+            times["direct"].append(timed(infer, direct, bundle, inputs)[0])
+            seconds, stages_s = timed(classify, gateway, files)
+            times["gateway"].append(seconds)
+            times["stages"].append(stages_s)
+        medians = {name: 1000 * statistics.median(values[ROUNDS // 10 :]) for name, values in times.items()}
+        added = medians["gateway"] - medians["direct"]
+        table.add_row(
+            str(size), *(f"{value:.2f}" for value in (medians["direct"], medians["gateway"], added, medians["stages"]))
+        )
+    return table
+
+
+def throughput(bundle: Bundle, images: npt.NDArray[np.uint8], grpc_url: str, url: str) -> Table:
+    """Several clients that send one batch after the other, to the server and to the gateway in turns."""
+    pixels = images[:THROUGHPUT_SIZE]
+
+    def ask_server(stop: threading.Event, counts: list[int]) -> None:
+        inputs = tensors(feeds(bundle, pixels))
+        with triton_client.InferenceServerClient(grpc_url) as client:
+            while not stop.is_set():
+                infer(client, bundle, inputs)
+                counts.append(len(pixels))
+
+    def ask_gateway(stop: threading.Event, counts: list[int]) -> None:
+        files = multipart(pixels)
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while not stop.is_set():
+                classify(client, files)
+                counts.append(len(pixels))
+
+    rates: dict[str, list[float]] = {"direct": [], "gateway": []}
+    for _ in track(range(SLICES), "throughput"):
+        for name, ask in (("direct", ask_server), ("gateway", ask_gateway)):
+            rates[name].append(rate(ask))
+    ratios = [mine / theirs for mine, theirs in zip(rates["gateway"], rates["direct"], strict=True)]
+    table = Table(
+        "direct, images/s",
+        "gateway, images/s",
+        "ratio",
+        "range",
+        title=f"{CLIENTS} clients, {THROUGHPUT_SIZE} images each",
+    )
+    table.add_row(
+        f"{statistics.median(rates['direct']):.0f}",
+        f"{statistics.median(rates['gateway']):.0f}",
+        f"{statistics.median(ratios):.2f}",
+        f"{min(ratios):.2f} to {max(ratios):.2f}",
+    )
+    return table
+
+
+def shared_inputs(bundle: Bundle, images: npt.NDArray[np.uint8], client: Any) -> Table:
+    table = Table(
+        "images", "in the message, ms", "in shared memory, ms", "ratio", title="median latency of direct calls"
+    )
+    for size in SIZES:
+        arrays = feeds(bundle, images[:size])
+        with shared(client, arrays) as (refresh, pointing):
+            times: dict[str, list[float]] = {"plain": [], "shared": []}
+            for _ in track(range(ROUNDS), f"shared memory, {size}"):
+                times["plain"].append(timed(infer_plain, client, bundle, arrays)[0])
+                times["shared"].append(timed(infer_shared, client, bundle, refresh, pointing)[0])
+        medians = [1000 * statistics.median(values[ROUNDS // 10 :]) for values in times.values()]
+        table.add_row(str(size), *(f"{value:.2f}" for value in medians), f"{medians[1] / medians[0]:.3f}")
+    return table
+
+
+@contextmanager
+def serving(bundle: Bundle, grpc_url: str) -> Iterator[str]:
+    """The gateway in front of a server, ready."""
+    port = free_port()
+    command = [sys.executable, "-m", "server", "--backend", "triton", "--triton-urls", grpc_url, "--port", str(port)]
+    command += ["--model-repository", str(bundle.directory.parent), "--model", bundle.directory.name]
+    command += ["--policy", "fixed", "--log-level", "warning"]
+    process = subprocess.Popen(command)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while not is_ready(url):
+            assert process.poll() is None, "the gateway stopped"
+            time.sleep(0.05)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz").status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
+def feeds(bundle: Bundle, images: npt.NDArray[np.uint8]) -> Feeds:
+    point, rows = bundle.manifest.points[-1], len(images)
+    return {
+        "images": images,
+        "slots": np.array([point.slots] * rows, np.int64),
+        "num_selected_experts": np.full((rows, 1), point.num_selected_experts, np.int64),
+    }
+
+
+def tensors(arrays: Feeds) -> list[Any]:
+    result = []
+    for name, value in arrays.items():
+        tensor = triton_client.InferInput(name, list(value.shape), TYPES[value.dtype.name])
+        tensor.set_data_from_numpy(value)
+        result.append(tensor)
+    return result
+
+
+@contextmanager
+def shared(client: Any, arrays: Feeds) -> Iterator[tuple[Callable[[], None], list[Any]]]:
+    """A region that the server has mapped: a function that writes the arrays into it, and inputs that point there."""
+    total = sum(value.nbytes for value in arrays.values())
+    name, key = "overhead", f"/vmoe_overhead_{os.getpid()}"
+    region = shared_memory.create_shared_memory_region(name, key, total)
+    client.register_system_shared_memory(name, key, total)
+    try:
+        inputs, offset = [], 0
+        for tensor, value in arrays.items():
+            each = triton_client.InferInput(tensor, list(value.shape), TYPES[value.dtype.name])
+            each.set_shared_memory(name, value.nbytes, offset)
+            inputs.append(each)
+            offset += value.nbytes
+        yield lambda: shared_memory.set_shared_memory_region(region, list(arrays.values())), inputs
+    finally:
+        client.unregister_system_shared_memory(name)
+        shared_memory.destroy_shared_memory_region(region)
+
+
+def infer(client: Any, bundle: Bundle, inputs: list[Any]) -> None:
+    client.infer(bundle.manifest.name, inputs, outputs=OUTPUTS).as_numpy("logits")
+
+
+def infer_plain(client: Any, bundle: Bundle, arrays: Feeds) -> None:
+    infer(client, bundle, tensors(arrays))
+
+
+def infer_shared(client: Any, bundle: Bundle, refresh: Callable[[], None], pointing: list[Any]) -> None:
+    refresh()
+    infer(client, bundle, pointing)
+
+
+def multipart(images: npt.NDArray[np.uint8]) -> list[tuple[str, tuple[str, bytes, str]]]:
+    files = []
+    for image in images:
+        buffer = io.BytesIO()
+        Image.fromarray(image[:, :, 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
+        files.append(("image", ("image.png", buffer.getvalue(), "image/png")))
+    return files
+
+
+def classify(client: httpx.Client, files: list[tuple[str, tuple[str, bytes, str]]]) -> float:
+    """Returns what decoding and waiting in the queue took, in seconds."""
+    response = client.post("/classify?budget=max&deadline_ms=10000", files=files)
+    assert response.status_code == 200, response.text
+    stages = dict(part.split(";dur=") for part in response.headers["server-timing"].split(", "))
+    return (float(stages["decode"]) + float(stages["queue"])) / 1000
+
+
+def timed(call: Callable[..., _T], *arguments: object) -> tuple[float, _T]:
+    started_s = time.perf_counter()
+    result = call(*arguments)
+    return time.perf_counter() - started_s, result
+
+
+def rate(ask: Callable[[threading.Event, list[int]], None]) -> float:
+    """Images per second over a slice."""
+    stop, counts = threading.Event(), [[] for _ in range(CLIENTS)]  # type: tuple[threading.Event, list[list[int]]]
+    threads = [threading.Thread(target=ask, args=(stop, count)) for count in counts]
+    started_s = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    time.sleep(SLICE_S)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    return sum(map(sum, counts)) / (time.perf_counter() - started_s)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
