@@ -7,10 +7,15 @@ BIN := $(VENV)/bin
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 MODEL ?= vmoe-fashion-mnist
 
-.PHONY: serve test lint train export bench-policy clean
+.PHONY: serve serve-triton test lint train export bench-policy clean
 
 serve: $(VENV)/.light
 	$(BIN)/python -m server --model-repository model_repository --model $(MODEL)
+
+# A real Triton server on a free port, with the model behind its Python backend, and the gateway in front of it.
+serve-triton: $(VENV)/.full
+	$(BIN)/python -m tests.triton_server model_repository/$(MODEL) \
+		$(BIN)/python -m server --model-repository model_repository --model $(MODEL) --backend triton --triton-urls GRPC_URL
 
 test: lint $(FASHION_MNIST)
 	$(BIN)/python -m pytest
@@ -45,6 +50,7 @@ $(VENV)/.light: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.full: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps nvidia-pytriton # see pyproject.toml
 	touch $@ $(VENV)/.light
 
 # Test and training data. Where apt or root is missing, say what to do instead of failing in the middle of a test.

@@ -4,6 +4,7 @@
         config.pbtxt     Triton's model configuration
         manifest.json    this module's `Manifest`
         labels.txt       a class name per line
+        warmup/          constant inputs of Triton's warm-up samples
         1/model.onnx     the graph; weights once, whatever the number of operating points
         1/model.onnx.data    the weights of a large model, which the graph refers to
 

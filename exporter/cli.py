@@ -13,8 +13,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from exporter.bundle import Manifest
+from exporter.bundle import Bundle, Manifest
 from exporter.measure import measure_bundle
+from exporter.triton_config import TritonOptions
+from exporter.triton_directory import write_model_directory, write_triton_files
 from vmoe.architecture import Hints, parse_image_size
 from vmoe.operating_point import parse_point
 from vmoe.preprocess import parse_channel_values
@@ -55,6 +57,20 @@ class Positions(StrEnum):
 
     sincos2d = "sincos2d"
     none = "none"
+
+
+class TritonBackendName(StrEnum):
+    """What runs the graph in Triton."""
+
+    onnxruntime = "onnxruntime"
+    python = "python"
+
+
+class TritonDeviceName(StrEnum):
+    """Where Triton runs it."""
+
+    cpu = "cpu"
+    gpu = "gpu"
 
 
 class Fitting(StrEnum):
@@ -140,9 +156,39 @@ def export(
     profile_only: Annotated[
         bool, typer.Option("--profile-only", help="Measure OUT/NAME again on this machine; export nothing.")
     ] = False,
+    triton_backend: Annotated[
+        TritonBackendName, typer.Option(help="Triton's backend; python is for servers without ONNX Runtime's.")
+    ] = TritonBackendName.onnxruntime,
+    triton_device: Annotated[TritonDeviceName, typer.Option(help="Where Triton runs the model.")] = (
+        TritonDeviceName.cpu
+    ),
+    triton_instances: Annotated[
+        int, typer.Option(min=1, help="Copies of the model in Triton, per GPU with --triton-device gpu.")
+    ] = 1,
+    triton_only: Annotated[
+        bool,
+        typer.Option("--triton-only", help="Write Triton's files of OUT/NAME again; export and measure nothing."),
+    ] = False,
+    triton_repository: Annotated[
+        Path | None,
+        typer.Option(help="With --triton-only: write them, and the model, to TRITON_REPOSITORY/NAME instead."),
+    ] = None,
 ) -> None:
     """Exports CHECKPOINT to OUT/NAME: ONNX graph, manifest with measured accuracy and latency, Triton config."""
+    triton = TritonOptions(triton_backend.value, triton_device.value, triton_instances, threads)
     with _clear_errors():
+        if triton_repository is not None and not triton_only:
+            raise typer.BadParameter("--triton-repository goes with --triton-only")
+        if triton_only:
+            if checkpoint is not None or profile_only:
+                raise typer.BadParameter("--triton-only takes neither CHECKPOINT nor --profile-only")
+            bundle = Bundle.load(out / name)
+            if triton_repository is None:
+                write_triton_files(bundle.directory, bundle.manifest, triton)
+            else:
+                write_model_directory(bundle, triton_repository / name, triton)
+            console.print(f"Triton can mount {triton_repository or out}")
+            return
         if profile_only:
             if checkpoint is not None:
                 raise typer.BadParameter("--profile-only measures OUT/NAME and takes no CHECKPOINT")
@@ -163,7 +209,9 @@ def export(
                 _print_plan(plan_export(checkpoint, hints, config, dtype.value))
                 return
             if checkpoint is None:
-                raise typer.BadParameter("CHECKPOINT is missing (only --profile-only and --dry-run go without)")
+                raise typer.BadParameter(
+                    "CHECKPOINT is missing (only --profile-only, --triton-only and --dry-run go without)"
+                )
             options = ExportOptions(
                 checkpoint=checkpoint,
                 config=config,
@@ -183,6 +231,7 @@ def export(
                 parity_images=parity_images,
                 threads=threads,
                 rounds=rounds,
+                triton=triton,
             )
             manifest = export_checkpoint(out / name, options, console)
     _print_points(manifest)

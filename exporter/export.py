@@ -26,6 +26,7 @@ from exporter.plan import Plan, plan
 from exporter.profiling import default_effort, default_points, make_points
 from exporter.repository import write_bundle
 from exporter.session import open_session
+from exporter.triton_config import TritonOptions
 from vmoe.architecture import Hints
 from vmoe.checkpoint import Checkpoint
 from vmoe.class_names import IMAGENET_1K, IMAGENET_1K_CLASSES, read_class_names
@@ -50,6 +51,7 @@ class ExportOptions:
         mean, std, fit, crop_fraction: None keeps the checkpoint's preprocessing.
         labels: a file with a name per line, or `imagenet-1k`; None keeps the checkpoint's.
         parity_images, rounds: None chooses them by the model's size, see `exporter.profiling.default_effort`.
+        triton: how Triton shall run the model.
     """
 
     checkpoint: Path
@@ -70,6 +72,7 @@ class ExportOptions:
     parity_images: int | None
     threads: int
     rounds: int | None
+    triton: TritonOptions
 
 
 def plan_export(checkpoint: Path | None, hints: Hints, config: Path | None, dtype: WeightType) -> Plan:
@@ -127,7 +130,7 @@ def export_checkpoint(directory: Path, options: ExportOptions, console: Console)
         manifest = manifest.model_copy(update={"parity": parity})
         return measure(manifest, session, options.images, data, options.threads, options.rounds, console)
 
-    return write_bundle(directory, prepared.graph, finish)
+    return write_bundle(directory, prepared.graph, finish, options.triton)
 
 
 def _prepare(name: str, options: ExportOptions, console: Console) -> _Prepared:

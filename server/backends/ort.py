@@ -10,7 +10,8 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from exporter.bundle import Bundle, BundleError, Manifest
+from exporter.bundle import Bundle, BundleError
+from exporter.tensors import TensorType, graph_inputs, graph_outputs
 from server.backends.base import Batch, Outputs
 from vmoe.preprocess import normalize
 
@@ -25,7 +26,7 @@ _LOAD_ERRORS = (
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
 )
-_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
+_TYPES: dict[TensorType, str] = {"uint8": "tensor(uint8)", "float32": "tensor(float)", "int64": "tensor(int64)"}
 
 
 class OrtBackend:
@@ -80,40 +81,21 @@ class OrtBackend:
 
 def _check_tensors(session: onnxruntime.InferenceSession, bundle: Bundle) -> None:
     """Refuses a graph whose inputs or outputs differ from the manifest's in name, type or any fixed dimension."""
-    inputs, outputs = _expected_tensors(bundle.manifest)
     for kind, expected, found in (
-        ("inputs", inputs, {node.name: (node.type, node.shape) for node in session.get_inputs()}),
-        ("outputs", outputs, {node.name: (node.type, node.shape) for node in session.get_outputs()}),
+        ("inputs", graph_inputs(bundle.manifest), {node.name: node for node in session.get_inputs()}),
+        ("outputs", graph_outputs(bundle.manifest), {node.name: node for node in session.get_outputs()}),
     ):
-        if expected.keys() != found.keys():
-            raise BundleError(f"{bundle.model_path} has the {kind} {sorted(found)}, expected {sorted(expected)}")
-        for name, (dtype, shape) in expected.items():
-            found_dtype, found_shape = found[name]
+        names = sorted(tensor.name for tensor in expected)
+        if names != sorted(found):
+            raise BundleError(f"{bundle.model_path} has the {kind} {sorted(found)}, expected {names}")
+        for tensor in expected:
+            node, dtype = found[tensor.name], _TYPES[tensor.dtype]
             # Names stand for dimensions that ONNX Runtime could not infer; only numbers can contradict.
-            agree = len(found_shape) == len(shape) and all(
-                seen == size for seen, size in zip(found_shape[1:], shape[1:], strict=True) if isinstance(seen, int)
+            agree = len(node.shape) == 1 + len(tensor.dims) and all(
+                seen == size for seen, size in zip(node.shape[1:], tensor.dims, strict=True) if isinstance(seen, int)
             )
-            if found_dtype != dtype or not agree:
+            if node.type != dtype or not agree:
                 raise BundleError(
-                    f"{bundle.model_path}: {name} is {found_dtype} {found_shape}, expected {dtype} {list(shape)}"
+                    f"{bundle.model_path}: {tensor.name} is {node.type} {node.shape}, expected {dtype} "
+                    f"{['B', *tensor.dims]}"
                 )
-
-
-_Tensors = dict[str, tuple[str, tuple[int | str, ...]]]
-
-
-def _expected_tensors(manifest: Manifest) -> tuple[_Tensors, _Tensors]:
-    """Inputs and outputs of the graph, as in the docstring of `exporter.bundle`."""
-    architecture, preprocessing = manifest.architecture, manifest.preprocessing
-    inputs: _Tensors = {"images": (_TYPES[manifest.input], ("B", *preprocessing.image_size, preprocessing.channels))}
-    outputs: _Tensors = {"logits": ("tensor(float)", ("B", architecture.num_classes))}
-    if architecture.moe is not None:
-        layers, experts = manifest.num_moe_layers, architecture.moe.num_experts
-        tokens, choices = architecture.tokens_per_image, manifest.choices_per_token
-        inputs |= {"slots": ("tensor(int64)", ("B", layers)), "num_selected_experts": ("tensor(int64)", ("B", 1))}
-        outputs |= {
-            "kept": ("tensor(float)", ("B", layers)),
-            "expert_load": ("tensor(int64)", ("B", layers, experts)),
-            "token_experts": ("tensor(int64)", ("B", layers, tokens, choices)),
-        }
-    return inputs, outputs

@@ -1,0 +1,23 @@
+"""A real server with the shipped model, one for all tests of this directory that do not harm it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.triton_server import TritonServer, python_repository
+
+SHIPPED = Path(__file__).parents[2] / "model_repository" / "vmoe-fashion-mnist"
+
+
+@pytest.fixture(scope="session")
+def triton_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return python_repository(SHIPPED, tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture(scope="session")
+def triton(triton_repository: Path) -> Iterator[TritonServer]:
+    with TritonServer(triton_repository) as server:
+        yield server
