@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from exporter.bundle import Bundle, Manifest, Point, Provenance
 from server.app import create_server
 from server.backends.base import Backend, Batch, Outputs
+from server.backends.choice import create_backend
 from server.backends.ort import OrtBackend
 from server.settings import Settings
 from vmoe.config import ModelConfig, MoeConfig
@@ -38,6 +39,8 @@ class FakeBackend:
     """
 
     num_workers = 1
+    floors_only = False
+    cancellable = False
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
@@ -45,6 +48,9 @@ class FakeBackend:
         self.gate.set()
         self.failure: Exception | None = None
         self.closed = False
+
+    async def start(self, changed: Callable[[], None]) -> None:
+        pass
 
     async def infer(self, batch: Batch) -> Outputs:
         self.batches.append(batch)
@@ -61,7 +67,7 @@ class FakeBackend:
             token_experts=np.full((rows, layers, 5, 2), -1, np.int64) if batch.explain and layers else None,
         )
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.closed = True
 
 
@@ -107,10 +113,17 @@ def small_manifest(*, dense: bool = False) -> Manifest:
 
 
 @contextmanager
-def _serve(bundle: Bundle, backend: Backend, *, wait: bool = True, **settings: object) -> Iterator[httpx.Client]:
-    """A real server on a free port, warm unless told not to wait; stopped, with nothing left in flight, at the end."""
-    registry = CollectorRegistry()
-    server = create_server(Settings(**settings), bundle, backend, registry)  # type: ignore[arg-type]
+def serving(
+    bundle: Bundle, backend: Backend | None = None, /, *, wait: bool = True, **values: object
+) -> Iterator[httpx.Client]:
+    """A real server on a free port, warm unless told not to wait; stopped, with nothing left in flight, at the end.
+
+    Arguments:
+        backend: default: that of the settings.
+        values: of settings.
+    """
+    registry, settings = CollectorRegistry(), Settings(**values)  # type: ignore[arg-type]
+    server = create_server(settings, bundle, backend or create_backend(settings, bundle, registry), registry)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -156,7 +169,7 @@ def serve_fake(backend: FakeBackend, manifest: Manifest) -> Iterator[Serve]:
     @contextmanager
     def serve(served: Manifest = manifest, *, wait: bool = True, **settings: object) -> Iterator[httpx.Client]:
         try:
-            with _serve(Bundle(Path("nowhere"), served), backend, wait=wait, **settings) as client:
+            with serving(Bundle(Path("nowhere"), served), backend, wait=wait, **settings) as client:
                 if wait:
                     backend.batches.clear()
                 yield client
@@ -175,5 +188,5 @@ def shipped() -> Bundle:
 @pytest.fixture(scope="session")
 def client(shipped: Bundle) -> Iterator[httpx.Client]:
     """The shipped model, served. Limits are low enough to be reached by a test."""
-    with _serve(shipped, OrtBackend(shipped, threads=1), max_image_bytes=1 << 20, max_body_bytes=2 << 20) as client:
+    with serving(shipped, OrtBackend(shipped, threads=1), max_image_bytes=1 << 20, max_body_bytes=2 << 20) as client:
         yield client
