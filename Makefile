@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
+PROMETHEUS := $(or $(shell command -v prometheus),/usr/bin/prometheus)
 MODEL ?= vmoe-fashion-mnist
 
 .PHONY: serve test lint train export bench-policy clean
@@ -12,7 +13,7 @@ MODEL ?= vmoe-fashion-mnist
 serve: $(VENV)/.light
 	$(BIN)/python -m server --model-repository model_repository --model $(MODEL)
 
-test: lint $(FASHION_MNIST)
+test: lint $(FASHION_MNIST) $(PROMETHEUS)
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.full
@@ -53,6 +54,11 @@ $(FASHION_MNIST):
 	@{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq \
 		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq dataset-fashion-mnist; } \
 		|| { echo "install Debian's package dataset-fashion-mnist, or put the four IDX files of Fashion-MNIST into $@"; exit 1; }
+
+# Prometheus and promtool, as programs for the tests: the package's service must not run.
+$(PROMETHEUS):
+	@{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && tests/deploy/install_prometheus.sh; } \
+		|| { echo "install Debian's package prometheus, or put prometheus and promtool on PATH"; exit 1; }
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
