@@ -8,10 +8,15 @@ FASHION_MNIST := /usr/share/datasets/fashion-mnist
 PROMETHEUS := $(or $(shell command -v prometheus),/usr/bin/prometheus)
 MODEL ?= vmoe-fashion-mnist
 
-.PHONY: serve test lint train export bench-policy clean
+.PHONY: serve serve-triton test lint train export bench-policy clean
 
 serve: $(VENV)/.light
 	$(BIN)/python -m server --model-repository model_repository --model $(MODEL)
+
+# A real Triton server on a free port, with the model behind its Python backend, and the gateway in front of it.
+serve-triton: $(VENV)/.full
+	$(BIN)/python -m tests.triton_server model_repository/$(MODEL) \
+		$(BIN)/python -m server --model-repository model_repository --model $(MODEL) --backend triton --triton-urls GRPC_URL
 
 test: lint $(FASHION_MNIST) $(PROMETHEUS)
 	$(BIN)/python -m pytest

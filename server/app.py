@@ -55,6 +55,7 @@ def _create_app(settings: Settings, gateway: Gateway, metrics: Metrics, registry
         try:
             yield
         finally:
+            gateway.give_up_starting()
             await warm_up  # a runtime cannot be interrupted in the middle of a batch
             await gateway.close()
 

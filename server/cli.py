@@ -16,7 +16,8 @@ from pydantic_settings import CliApp
 
 from exporter.bundle import Bundle, BundleError
 from server.app import create_server
-from server.backends.ort import OrtBackend
+from server.backends.base import BackendError
+from server.backends.choice import create_backend
 from server.policy_file import PolicyError
 from server.settings import Settings
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Serves until SIGINT or SIGTERM. Exits with 2 on a bad setting, with 1 on a bad bundle or policy."""
+    """Serves until SIGINT or SIGTERM. Exits with 2 on a bad setting, with 1 on a bad bundle, policy or backend."""
     try:
         settings = CliApp.run(Settings, cli_args=None if arguments is None else list(arguments))
     except ValidationError as error:
@@ -32,9 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         bundle = Bundle.load(settings.model_repository / settings.model)
-        backend = OrtBackend(bundle, settings.threads)
-        server = create_server(settings, bundle, backend, CollectorRegistry())
-    except (BundleError, PolicyError) as error:
+        registry = CollectorRegistry()
+        backend = create_backend(settings, bundle, registry)
+        server = create_server(settings, bundle, backend, registry)
+    except (BackendError, BundleError, PolicyError) as error:
         logger.error("%s", error)
         sys.exit(1)
     with suppress(KeyboardInterrupt):  # raised again by uvicorn, once all is closed

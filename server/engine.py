@@ -8,6 +8,7 @@ only clock is the event loop's.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import numpy as np
 from server.backends import base
 from server.deadline_queue import Request
 from server.errors import (
+    BackendUnavailable,
     DeadlineExceeded,
     GatewayError,
     InferenceFailed,
@@ -40,6 +42,7 @@ _REFUSALS: Final[dict[ShedReason, type[Unavailable]]] = {
     "share": OverShare,
     "queue_full": QueueFull,
     "queue_bytes": QueueFull,
+    "backend": BackendUnavailable,
 }
 
 
@@ -56,14 +59,14 @@ class Engine:
     """Infers images in batches. Belongs to the event loop in which it was started.
 
     Arguments:
-        backend: runs as many batches at once as the scheduler's limits say.
+        backend: started; says how many batches may run at once.
         scheduler: decides; nobody else may change it.
     """
 
     def __init__(self, backend: base.Backend, scheduler: Scheduler, metrics: Metrics) -> None:
         self._backend, self._scheduler, self._metrics = backend, scheduler, metrics
         self._task: asyncio.Task[None] | None = None
-        self._batches: set[asyncio.Task[None]] = set()
+        self._batches: dict[Batch, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
 
     def start(self) -> None:
@@ -71,12 +74,17 @@ class Engine:
         self._metrics.watch(self._scheduler, asyncio.get_running_loop().time)
         self._task = asyncio.create_task(self._run(), name="engine")
 
+    def wake(self) -> None:
+        """The backend can run more batches at once than it could, or fewer."""
+        self._wake.set()
+
     def check(self, request: Request) -> None:
         """Refuses what `infer` would refuse, before anything is spent on it.
 
         Raises:
             Unavailable: it cannot be answered in time behind what waits already, or the queue is full.
         """
+        self._ask_backend()
         if refusal := self._scheduler.check(request, asyncio.get_running_loop().time()):
             raise self._shed(request, refusal)
 
@@ -86,12 +94,14 @@ class Engine:
         Raises:
             Unavailable: as for `check`; or the engine takes no more work, or stopped before this image's turn.
             DeadlineExceeded: its turn would have come too late.
-            InferenceFailed: the backend failed, or the model's answer is not finite.
+            InferenceFailed: the model failed, or its answer is not finite.
+            GatewayError: what the backend gave as the reason of its failure.
         """
         if self._task is None:
             raise ShuttingDown("the engine takes no more images")
         loop = asyncio.get_running_loop()
         job = _Job(work, loop.time(), loop.create_future())
+        self._ask_backend()
         request.payload = job
         if refusal := self._scheduler.offer(request, job.queued_s):
             raise self._shed(request, refusal)
@@ -104,7 +114,8 @@ class Engine:
             if not job.reply.cancelled():  # answered in the same turn of the loop
                 job.reply.exception()  # marks a failure as seen
                 raise
-            self._scheduler.cancel(request)
+            if not self._scheduler.cancel(request):
+                self._abandon(request)
             if loop.time() > request.deadline_s:
                 self._metrics.deadline_missed(budget)
             else:
@@ -116,32 +127,62 @@ class Engine:
         task, self._task = self._task, None
         if task is None:
             return
-        tasks, running = (task, *self._batches), list(self._scheduler.running)
+        tasks, running = (task, *self._batches.values()), list(self._scheduler.running)
         for each in tasks:
             each.cancel()
         await asyncio.wait(tasks)
-        for batch in self._scheduler.running.copy():  # of a task that was cancelled before its first step
-            self._scheduler.on_batch_done(batch, asyncio.get_running_loop().time(), failed=True)
         for batch in running:
-            _fail(batch.requests, ShuttingDown, "the gateway stopped while this image was being classified")
-        _fail(self._scheduler.clear(), ShuttingDown, "the gateway stopped before this image's turn")
+            self._fail(batch.requests, ShuttingDown, "the gateway stopped while this image was being classified")
+        self._fail(self._scheduler.clear(), ShuttingDown, "the gateway stopped before this image's turn")
 
     def _shed(self, request: Request, refusal: Refusal) -> Unavailable:
         self._metrics.shed(request.budget.name, refusal.reason)
         return _REFUSALS[refusal.reason](refusal.detail, refusal.retry_after_s)
 
+    def _ask_backend(self) -> None:
+        self._scheduler.workers = self._backend.num_workers
+        self._scheduler.floors_only = self._backend.floors_only
+
+    def _abandon(self, request: Request) -> None:
+        """Stops the batch of a client that has gone, if all others have gone, too, and stopping spares anything."""
+        if not self._backend.cancellable:
+            return
+        for batch, task in self._batches.items():
+            if request in batch.requests and all(each.payload.reply.done() for each in batch.requests):
+                task.cancel()
+
     async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
-            await self._wake.wait()
+            # A batch that hangs must not keep those who wait from hearing that they are late.
+            queue = self._scheduler.queue
+            alarm = loop.call_at(queue.deadlines[0], self._wake.set) if len(queue) else None
+            try:
+                await self._wake.wait()
+            finally:
+                if alarm is not None:
+                    alarm.cancel()
             self._wake.clear()
             try:
-                while self._scheduler.free_workers and (batch := self._next_batch()) is not None:
-                    task = asyncio.create_task(self._process(batch))
-                    self._batches.add(task)
-                    task.add_done_callback(self._batches.discard)
+                self._decide()
             except Exception:  # the loop must survive whatever a policy does; its queue might make it fail for ever
-                logger.exception("the decision failed, %d images with it", len(self._scheduler.queue))
-                _fail(self._scheduler.clear(), InferenceFailed, "the scheduler failed")
+                logger.exception("the decision failed, %d images with it", len(queue))
+                self._fail(self._scheduler.clear(), InferenceFailed, "the scheduler failed")
+
+    def _decide(self) -> None:
+        self._ask_backend()
+        if not self._scheduler.workers:
+            # Whoever waits could only be late; told now, a client has time to ask another gateway.
+            self._fail(self._scheduler.clear(), BackendUnavailable, "no inference server is available any more")
+        while (batch := self._next_batch()) is not None:
+            task = self._batches[batch] = asyncio.create_task(self._process(batch))
+            task.add_done_callback(functools.partial(self._ended, batch))
+
+    def _ended(self, batch: Batch, _: asyncio.Task[None]) -> None:
+        del self._batches[batch]
+        if batch in self._scheduler.running:  # cancelled before its first step
+            self._scheduler.on_batch_done(batch, asyncio.get_running_loop().time(), failed=True)
+            self._wake.set()
 
     def _next_batch(self) -> Batch | None:
         now = asyncio.get_running_loop().time()
@@ -150,10 +191,9 @@ class Engine:
         if batch is not None:
             self._metrics.decided(batch, perf_counter() - started_s)
         for request in late:
-            self._metrics.deadline_missed(request.budget.name)
             waited_ms, allowed_ms = 1000 * (now - request.arrival_s), 1000 * (request.deadline_s - request.arrival_s)
             detail = f"the image has waited {waited_ms:.0f} ms and cannot be answered within {allowed_ms:g} ms any more"
-            _fail([request], DeadlineExceeded, detail)
+            self._fail([request], DeadlineExceeded, detail)
         return batch
 
     async def _process(self, batch: Batch) -> None:
@@ -164,15 +204,17 @@ class Engine:
                 request.payload.work.pinned or self._scheduler.ladder.rungs[rung]
                 for request, rung in zip(batch.requests, batch.rungs, strict=True)
             ]
-            outputs = await self._backend.infer(_join(batch, rungs))
+            outputs = await self._backend.infer(self._join(batch, rungs))
             done_s = now()
             self._metrics.batch_done(batch, outputs, done_s - batch.started_s)
             for row, rung in enumerate(rungs):
                 self._answer(batch, rung, outputs, row, done_s)
             failed = False
+        except GatewayError as error:  # the backend knows why and has logged it
+            self._fail(batch.requests, type(error), str(error))
         except Exception:  # other batches must survive whatever a runtime throws
             logger.exception("a batch of %d images failed", len(batch.requests))
-            _fail(batch.requests, InferenceFailed, "the model failed on this batch")
+            self._fail(batch.requests, InferenceFailed, "the model failed on this batch")
         finally:
             self._scheduler.on_batch_done(batch, now(), failed=failed)
             self._wake.set()
@@ -183,7 +225,7 @@ class Engine:
         if job.reply.done():  # the client went away while the batch ran
             return
         if not np.isfinite(outputs.logits[row]).all():
-            job.reply.set_exception(InferenceFailed("the model's answer for this image is not finite"))
+            self._fail([request], InferenceFailed, "the model's answer for this image is not finite")
             return
         inference = Inference(
             logits=outputs.logits[row],
@@ -202,20 +244,25 @@ class Engine:
         self._metrics.answered(request.budget.name, inference)
         job.reply.set_result(inference)
 
+    def _join(self, batch: Batch, rungs: Sequence[Rung]) -> base.Batch:
+        works: list[Work] = [request.payload.work for request in batch.requests]
+        return base.Batch(
+            images=np.stack([work.image for work in works]),
+            slots=np.array([rung.slots for rung in rungs], np.int64),
+            num_selected_experts=np.array([[rung.num_selected_experts] for rung in rungs], np.int64),
+            explain=any(work.explain for work in works),
+            profiled_s=batch.median_s / self._scheduler.latency.scale,
+            deadline_s=max(request.deadline_s for request in batch.requests),
+        )
 
-def _join(batch: Batch, rungs: Sequence[Rung]) -> base.Batch:
-    works: list[Work] = [request.payload.work for request in batch.requests]
-    return base.Batch(
-        images=np.stack([work.image for work in works]),
-        slots=np.array([rung.slots for rung in rungs], np.int64),
-        num_selected_experts=np.array([[rung.num_selected_experts] for rung in rungs], np.int64),
-        explain=any(work.explain for work in works),
-    )
-
-
-def _fail(requests: Sequence[Request], error: type[GatewayError], detail: str) -> None:
-    for request in requests:
-        reply: asyncio.Future[Inference] = request.payload.reply
-        if not reply.done():
+    def _fail(self, requests: Sequence[Request], error: type[GatewayError], detail: str) -> None:
+        for request in requests:
+            reply: asyncio.Future[Inference] = request.payload.reply
+            if reply.done():  # the client has gone, and was counted
+                continue
             # An instance each: raising one object in several tasks would grow one shared traceback.
             reply.set_exception(error(detail))
+            if error is DeadlineExceeded:
+                self._metrics.deadline_missed(request.budget.name)
+            else:
+                self._metrics.failed(request.budget.name, error.code)

@@ -21,6 +21,7 @@
     │   ├── Overloaded                503 overloaded
     │   ├── OverShare                 503 over_share
     │   ├── QueueFull                 503 queue_full
+    │   ├── BackendUnavailable        503 backend_unavailable
     │   └── ShuttingDown              503 shutting_down
     └── DeadlineExceeded              504 deadline_exceeded
 
@@ -138,6 +139,10 @@ class OverShare(Unavailable):
 
 class QueueFull(Unavailable):
     status, code, title = 503, "queue_full", "Queue is full"
+
+
+class BackendUnavailable(Unavailable):
+    status, code, title = 503, "backend_unavailable", "No inference server is available"
 
 
 class ShuttingDown(Unavailable):

@@ -18,7 +18,7 @@ from server.backends.base import Backend, Batch
 from server.deadline_queue import Request
 from server.decode import DecodeLimits, Decoder, Upload
 from server.engine import Engine
-from server.errors import DeadlineExceeded, ImageError, NotReady, ShuttingDown
+from server.errors import BackendUnavailable, DeadlineExceeded, GatewayError, ImageError, NotReady, ShuttingDown
 from server.ladder import Ladder
 from server.latency import LatencyModel
 from server.metrics import Metrics
@@ -36,6 +36,7 @@ State = Literal["starting", "ready", "leaving", "draining", "failed"]
 
 # Chosen, not tuned: the first run of each size allocates memory and counts for nothing, two show an unlike machine.
 _WARM_UP_RUNS: Final = 3
+_RETRY_S: Final = 0.5  # after a warm-up that the backend did not survive; chosen, not tuned
 _CLOCK_S: Final = 1e-6  # no measured time is shorter; a latency model needs one above 0
 
 
@@ -81,6 +82,7 @@ class Gateway:
         self.admission = Admission(settings.max_queue_images, settings.max_queue_bytes, metrics)
         self.state: State = "starting"
         self._backend, self._metrics = backend, metrics
+        self._changed = asyncio.Event()  # the backend, or `state`
         self._request_timeout_s = settings.request_timeout_s
         self._max_batch_size = min(settings.max_batch_size, manifest.max_batch_size)
         self._image_shape = (*manifest.preprocessing.image_size, manifest.preprocessing.channels)
@@ -103,9 +105,14 @@ class Gateway:
         self._engine = Engine(backend, self.scheduler, metrics)
 
     async def start(self) -> None:
-        """Warms the backend up, then admits requests. A failure leaves the gateway unready, for readiness to tell."""
+        """Waits for the backend, warms it up, then admits requests.
+
+        A failure leaves the gateway unready, for readiness to tell.
+        """
         try:
-            await self._warm_up()
+            await self._backend.start(self._backend_changed)
+            while self.state == "starting" and not await self._try_warm_up():
+                pass
         except Exception:  # nobody awaits this; without the log line it would be lost
             logger.exception("warm-up of %s failed, the gateway stays unready", self.bundle.manifest.name)
             self.state = "failed"
@@ -120,6 +127,11 @@ class Gateway:
                 self.policy.config.policy,
                 self.policy.source,
             )
+
+    def give_up_starting(self) -> None:
+        """`start` returns as soon as the batch that it runs is done."""
+        self.state = "draining"
+        self._changed.set()
 
     async def reload_policy(self) -> None:
         """Reads the policy again and puts it in force between two decisions. What is admitted keeps its deadline.
@@ -139,7 +151,7 @@ class Gateway:
         if self.state == "ready":
             self.state = "leaving"
             await asyncio.sleep(delay_s)
-        self.state = "draining"
+        self.give_up_starting()
         logger.info("draining: %d images are inside", self.admission.images)
         try:
             async with asyncio.timeout(timeout_s):
@@ -153,14 +165,16 @@ class Gateway:
         self.state = "draining"
         await self._engine.close()
         self._decoder.close()
-        self._backend.close()
+        await self._backend.close()
         logger.info("stopped")
 
     def check_ready(self) -> None:
-        """Raises `NotReady` or `ShuttingDown` where a load balancer should send nothing more."""
+        """Raises `Unavailable` where a load balancer should send nothing more."""
         if self.state == "leaving":
             raise ShuttingDown("the gateway is about to shut down")
         self.check_admits()
+        if not self._backend.num_workers:
+            raise BackendUnavailable("no inference server is available")
 
     def check_admits(self) -> None:
         """Raises `NotReady` or `ShuttingDown` unless the gateway serves."""
@@ -220,6 +234,25 @@ class Gateway:
         self._metrics.stages_done(inference, decode_s, served.total_s)
         return served
 
+    def _backend_changed(self) -> None:
+        self._changed.set()
+        self._engine.wake()
+
+    async def _try_warm_up(self) -> bool:
+        """Once there is a backend to warm up; False where that went away meanwhile."""
+        while not self._backend.num_workers:
+            self._changed.clear()
+            await self._changed.wait()
+            if self.state != "starting":
+                return False
+        try:
+            await self._warm_up()
+        except GatewayError as error:  # of a backend that may recover, and says in its log why
+            logger.debug("warm-up: %s", error)
+            await asyncio.sleep(_RETRY_S)
+            return False
+        return True
+
     async def _warm_up(self) -> None:
         """Runs the cheapest and the full point, alone and in a full batch, and shows the times to the latency model."""
         ladder, latency = self.ladder, self.scheduler.latency
@@ -242,6 +275,7 @@ class Gateway:
             slots=np.tile(np.array(point.slots, np.int64), (size, 1)),
             num_selected_experts=np.full((size, 1), point.num_selected_experts, np.int64),
             explain=False,
+            profiled_s=self.scheduler.latency.uniform_s(rung, size),
         )
         now = asyncio.get_running_loop().time
         started_s = now()

@@ -6,13 +6,17 @@ clients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from server.backends.base import Outputs
+from server.backends.triton.breaker import BREAKER_STATES, BreakerState
+from server.backends.triton.endpoint import Endpoint
+from server.backends.triton.failure import REASONS, Reason
 from server.scheduler import Batch, Scheduler, ShedReason
 from server.work import Inference
 from vmoe.config import MoeConfig
@@ -76,6 +80,9 @@ class Metrics:
         self._shed = Counter("vmoe_shed_images", "Images refused for load.", ("budget", "reason"), registry=registry)
         self._cancelled = Counter(
             "vmoe_cancelled_images", "Images given up before their deadline.", by_budget, registry=registry
+        )
+        self._failed = Counter(
+            "vmoe_failed_images", "Admitted images that got an error.", ("budget", "code"), registry=registry
         )
         self._deadlines = Counter(
             "vmoe_deadline_images", "Admitted images by deadline.", ("budget", "outcome"), registry=registry
@@ -152,6 +159,10 @@ class Metrics:
     def cancelled(self, budget: str) -> None:
         self._of(budget).cancelled.inc()
 
+    def failed(self, budget: str, code: str) -> None:
+        """An admitted image got an error that is not its deadline's."""
+        self._failed.labels(budget, code).inc()
+
     def deadline_missed(self, budget: str) -> None:
         """Of an image without an answer; `answered` counts the others."""
         self._of(budget).missed.inc()
@@ -204,3 +215,58 @@ class Metrics:
                 effective_accuracy=self._effective_accuracy.labels(budget),
             )
         return series
+
+
+class BackendMetrics:
+    """The series of inference servers, in the registry that is passed in.
+
+    Arguments:
+        registry: where the series are registered.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        endpoint = ("endpoint",)
+        self._failures = Counter(
+            "vmoe_endpoint_failures", "Batches and probes that failed.", ("endpoint", "reason"), registry=registry
+        )
+        self._batches = Counter("vmoe_endpoint_batches", "Batches answered.", endpoint, registry=registry)
+        self._retries = Counter(
+            "vmoe_endpoint_retries", "Batches sent here after another endpoint failed.", endpoint, registry=registry
+        )
+        self._fallback = Counter("vmoe_fallback_batches", "Batches run by the embedded engine.", registry=registry)
+
+    def watch(self, endpoints: Sequence[Endpoint]) -> None:
+        """Adds gauges that are read at each scrape, in the thread of the event loop."""
+        gauges: tuple[tuple[str, str, Callable[[Endpoint], float]], ...] = (
+            ("in_flight_batches", "Batches under way.", lambda each: each.in_flight),
+            ("window_batches", "Batches that it may have under way.", lambda each: each.capacity),
+        )
+        for name, text, value in gauges:
+            gauge = Gauge(f"vmoe_endpoint_{name}", text, ("endpoint",), registry=self._registry)
+            for endpoint in endpoints:
+                gauge.labels(endpoint.name).set_function(partial(value, endpoint))
+        state = Gauge("vmoe_endpoint_state", "1 for the breaker's.", ("endpoint", "state"), registry=self._registry)
+        for endpoint in endpoints:
+            self._retries.labels(endpoint.name)
+            self._batches.labels(endpoint.name)
+            for reason in REASONS:
+                self._failures.labels(endpoint.name, reason)
+            for each in BREAKER_STATES:
+                state.labels(endpoint.name, each).set_function(partial(_is_in, endpoint, each))
+
+    def answered(self, endpoint: str) -> None:
+        self._batches.labels(endpoint).inc()
+
+    def failed(self, endpoint: str, reason: Reason) -> None:
+        self._failures.labels(endpoint, reason).inc()
+
+    def retried(self, endpoint: str) -> None:
+        self._retries.labels(endpoint).inc()
+
+    def fell_back(self) -> None:
+        self._fallback.inc()
+
+
+def _is_in(endpoint: Endpoint, state: BreakerState) -> float:
+    return endpoint.breaker.state == state

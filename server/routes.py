@@ -57,6 +57,7 @@ _CLASSIFY_ERRORS = (
     errors.Overloaded,
     errors.OverShare,
     errors.QueueFull,
+    errors.BackendUnavailable,
     errors.ShuttingDown,
     errors.DeadlineExceeded,
 )
@@ -123,7 +124,7 @@ def build_router(
 
     @router.get(
         "/readyz",
-        responses=problem_responses(errors.NotReady, errors.ShuttingDown),
+        responses=problem_responses(errors.NotReady, errors.BackendUnavailable, errors.ShuttingDown),
         summary="The model is warm and requests are admitted",
     )
     async def readyz() -> Health:

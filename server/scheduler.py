@@ -33,8 +33,8 @@ from server.latency import LatencyModel
 from server.policies.base import Forecast, Kind, Policy, View
 from server.shares import Shares
 
-ShedReason = Literal["deadline", "share", "queue_full", "queue_bytes"]
-ServeReason = Literal["ceiling", "slack", "load", "pinned"]
+ShedReason = Literal["deadline", "share", "queue_full", "queue_bytes", "backend"]
+ServeReason = Literal["ceiling", "slack", "load", "pinned", "fallback"]
 
 # The rate of a burst is measured over this share of a horizon. A whole one notices bursts too late, an eighth is noise
 # (simulated with `make bench-policy`'s traces on other seeds).
@@ -47,7 +47,7 @@ LONG_HORIZON: Final = 10
 class Limits:
     """Attributes:
     max_batch_size: images in a batch.
-    workers: batches that run at once.
+    workers: batches that run at once, to begin with.
     max_requests, max_bytes: bounds of the queue.
     """
 
@@ -100,6 +100,10 @@ class Scheduler:
         policy: proposes batches; `use` replaces it.
         limits: of batches and queue.
         horizon_s: how far ahead a burst is foreseen: the shortest deadline.
+
+    Attributes:
+        workers: batches that may run at once, as of now. The caller keeps it true; with 0 nobody is admitted.
+        floors_only: serve everybody at the floor, whatever the policy says. The caller sets it.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class Scheduler:
                 f"got {limits.max_batch_size}"
             )
         self.ladder, self.latency, self.policy, self.limits = ladder, latency, policy, limits
+        self.workers, self.floors_only = limits.workers, False
         self.queue = DeadlineQueue()
         self.running: list[Batch] = []
         self._shares = Shares(LONG_HORIZON * horizon_s)
@@ -127,7 +132,7 @@ class Scheduler:
 
     @property
     def free_workers(self) -> int:
-        return self.limits.workers - len(self.running)
+        return max(self.workers - len(self.running), 0)
 
     def arrival_rate_hz(self, now: float) -> float:
         """Requests per second offered lately, shed ones included."""
@@ -200,7 +205,7 @@ class Scheduler:
         self.policy.finished(now, met=met, missed=len(batch.requests) - met)
 
     def clear(self) -> list[Request]:
-        """Takes everything out of the queue, at shutdown."""
+        """Takes everything out of the queue: at shutdown, or when nothing is left to run it."""
         requests = self.queue.take(0, len(self.queue))
         self._shares.left(requests)
         late, self._late = self._late, []
@@ -232,6 +237,8 @@ class Scheduler:
         if not self.policy.degrades:
             request.floor = request.ceiling
         limits, queue = self.limits, self.queue
+        if not self.workers:
+            return Refusal("backend", 1.0, "no inference server is available")
         if len(queue) >= limits.max_requests:
             return Refusal(
                 "queue_full", self._drain_s(request), f"{len(queue)} requests wait, the limit is {limits.max_requests}"
@@ -239,7 +246,7 @@ class Scheduler:
         if queue.size_bytes + request.size_bytes > limits.max_bytes:
             detail = f"{queue.size_bytes} bytes wait and {request.size_bytes} more do not fit into {limits.max_bytes}"
             return Refusal("queue_bytes", self._drain_s(request), detail)
-        if (excess_s := self._shares.excess_s(request, now, limits.workers, self._cost_s)) > 0:
+        if (excess_s := self._shares.excess_s(request, now, self.workers, self._cost_s)) > 0:
             return Refusal("share", excess_s, f"budget {request.budget.name!r} has used up its share of the queue")
         position = queue.insert(request)
         if self._plan_holds(self._free_s(now), 0, now):
@@ -283,6 +290,8 @@ class Scheduler:
     # -- batches
 
     def _form_batch(self, now: float) -> Batch:
+        if self.floors_only:
+            return self._start(self._safe_rungs(now), now)
         view, self._kept = self._view(now), None
         rungs = view.clip(self.policy.decide(view).rungs[: self.limits.max_batch_size])
         if not rungs or not ((now, rungs) == self._kept or self.keeps_promise(rungs, now)):
@@ -299,7 +308,7 @@ class Scheduler:
             arrival_rates_hz=self._rates.by_kind(now),
             forecasts=self._forecasts(now),
             busy_until_s=self._busy_until_s(now),
-            workers=self.limits.workers,
+            workers=self.workers,
             batch_limit_s=self.batch_limit_s(now),
             max_batch_size=self.limits.max_batch_size,
             ladder=self.ladder,
@@ -324,6 +333,8 @@ class Scheduler:
         ceilings = [request.ceiling for request in requests]
         at_ceilings_s = self.latency.predict_s(ceilings, high=True)
         cause: ServeReason = "slack" if now + at_ceilings_s > requests[0].deadline_s else "load"
+        if self.floors_only:
+            cause = "fallback"
         reasons: list[ServeReason] = [
             "pinned" if request.pinned else "ceiling" if rung == request.ceiling else cause
             for request, rung in zip(requests, rungs, strict=True)
@@ -365,8 +376,10 @@ class Scheduler:
         return [max(now, batch.started_s + batch.high_s) for batch in self.running]
 
     def _free_s(self, now: float) -> list[float]:
-        """When each worker becomes free."""
-        return self._busy_until_s(now) + [now] * self.free_workers
+        """When each worker becomes free. Where some were taken away, the batches that end first give none back."""
+        busy_s = self._busy_until_s(now)
+        surplus = max(len(busy_s) - self.workers, 0)
+        return sorted(busy_s)[surplus:] + [now] * self.free_workers
 
     # -- counting
 

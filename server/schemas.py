@@ -80,9 +80,10 @@ class Result(_Body):
     operating_point: OperatingPointBody | None = Field(description="null for a dense model")
     budget: str = Field(description="the budget under which it counted; `custom` for a point of the client's own")
     degraded: bool = Field(description="served below the best point that the request allowed")
-    reason: Literal["ceiling", "slack", "load", "pinned"] = Field(
+    reason: Literal["ceiling", "slack", "load", "pinned", "fallback"] = Field(
         description="`ceiling`: served at the best point allowed; `slack`: the deadline left no time for it; `load`: "
-        "others needed the time; `pinned`: the client chose the point"
+        "others needed the time; `pinned`: the client chose the point; `fallback`: the inference servers are "
+        "away, and the gateway computes by itself"
     )
     deadline_ms: float = Field(description="when the answer was due, from the end of the upload")
     deadline_met: bool = Field(description="the model was done by then")

@@ -27,6 +27,21 @@ class Settings(BaseSettings):
     model: str = Field(default="vmoe-fashion-mnist", description="name of the bundle to serve")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least severity logged")
 
+    backend: Literal["embedded", "triton"] = Field(
+        default="embedded", description="where batches run: in this process, or on Triton servers"
+    )
+    triton_urls: str = Field(
+        default="127.0.0.1:8001", description="gRPC endpoints of the Triton servers, host:port, separated by commas"
+    )
+    triton_timeout_s: float = Field(
+        default=5.0, gt=0, description="longest that a batch may take on a Triton server, whatever its deadline"
+    )
+    triton_probe_s: float = Field(
+        default=1.0, gt=0, description="time between probes of a Triton server, and for the answer to one"
+    )
+    fallback: Literal["none", "embedded"] = Field(
+        default="none", description="what runs batches, at the cheapest points allowed, while no Triton server does"
+    )
     threads: int = Field(default=0, ge=0, description="threads of one inference; 0 lets ONNX Runtime choose")
     decode_threads: int = Field(default=2, ge=1, description="images decoded at the same time")
 
@@ -61,6 +76,18 @@ class Settings(BaseSettings):
         default=0.0, ge=0, description="time to go on serving, unready, for load balancers to notice the shutdown"
     )
     drain_timeout_s: float = Field(default=20.0, ge=0, description="time for open requests to finish at shutdown")
+
+    @property
+    def triton_endpoints(self) -> tuple[str, ...]:
+        return tuple(url.strip() for url in self.triton_urls.split(","))
+
+    @model_validator(mode="after")
+    def _endpoints_are_addresses(self) -> Settings:
+        for url in self.triton_endpoints:
+            host, _, port = url.rpartition(":")
+            if not host or "/" in url or not port.isdecimal():
+                raise ValueError(f"triton_urls must be host:port of gRPC endpoints, separated by commas, got {url!r}")
+        return self
 
     @model_validator(mode="after")
     def _limits_fit_together(self) -> Settings:

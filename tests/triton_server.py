@@ -1,4 +1,4 @@
-"""A real Triton server for tests and for `make serve-triton`: the binary that the wheel nvidia-pytriton carries.
+r"""A real Triton server for tests and for `make serve-triton`: the binary that the wheel nvidia-pytriton carries.
 
 Everything about that wheel stands here. It has `tritonserver` 2.51, the Python backend and no other, one stub of that
 backend per Python version, and the libraries of all of them; it needs no CUDA device. Only files of the wheel are used
@@ -11,7 +11,8 @@ and none of its Python code, so its dependencies (numpy below 2 among them) do n
 
 Run as a program it serves a bundle while a command runs, which finds the server's address in place of GRPC_URL:
 
-    python -m tests.triton_server model_repository/vmoe-fashion-mnist python -m server --triton-url GRPC_URL ...
+    python -m tests.triton_server model_repository/vmoe-fashion-mnist \
+        python -m server --backend triton --triton-urls GRPC_URL
 """
 
 from __future__ import annotations
@@ -322,16 +323,20 @@ def _environment() -> dict[str, str]:
 
 
 def main(bundle: str, *command: str) -> int:
-    """Serves a bundle on free ports while a command runs; its exit code."""
+    """Serves a bundle on free ports, with all cores, while a command runs; returns the command's exit code."""
     with tempfile.TemporaryDirectory(prefix="triton-repository-") as directory:
-        repository = python_repository(Path(bundle), Path(directory))
+        repository = python_repository(Path(bundle), Path(directory), TritonOptions(backend="python"))
         with TritonServer(repository, echo=True) as server:
             print(f"Triton serves gRPC on {server.grpc_url}, HTTP on {server.http_url}", file=sys.stderr, flush=True)
             process = subprocess.Popen([word.replace("GRPC_URL", server.grpc_url) for word in command])
+            previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
             try:
-                return process.wait()
-            except KeyboardInterrupt:  # Ctrl-C reaches the command, too
-                return process.wait()
+                while True:
+                    # Ctrl-C reaches the command as well, which may want to drain: Triton stays until it has ended.
+                    with contextlib.suppress(KeyboardInterrupt):
+                        return process.wait()
+            finally:
+                signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

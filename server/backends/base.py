@@ -6,11 +6,17 @@ model has L = 0.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+
+class BackendError(Exception):
+    """A runtime that cannot serve this bundle, or not at all; the message says what is wrong with it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +28,16 @@ class Batch:
         slots: (B, L) int64.
         num_selected_experts: (B, 1) int64.
         explain: whether anyone needs `token_experts`.
+        profiled_s: what it takes by the manifest's profile; only ratios to it matter.
+        deadline_s: on the event loop's clock, after which nobody wants the answer.
     """
 
     images: npt.NDArray[np.uint8]
     slots: npt.NDArray[np.int64]
     num_selected_experts: npt.NDArray[np.int64]
     explain: bool
+    profiled_s: float = 1.0
+    deadline_s: float = math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +61,34 @@ class Backend(Protocol):
     """A runtime that holds one model. Never blocks the event loop; any exception fails the batch and nothing else.
 
     Attributes:
-        num_workers: batches that it runs at once.
+        num_workers: batches that it runs at once, as of now; 0 while it can run none.
+        floors_only: images should run at the cheapest points that they allow, as of now.
+        cancellable: whether cancelling `infer` frees the worker. Where not, the batch runs on.
     """
 
     @property
     def num_workers(self) -> int: ...
 
-    async def infer(self, batch: Batch) -> Outputs: ...
+    @property
+    def floors_only(self) -> bool: ...
 
-    def close(self) -> None:
+    @property
+    def cancellable(self) -> bool: ...
+
+    async def start(self, changed: Callable[[], None]) -> None:
+        """Connects; returns when `num_workers` is the truth, which may be 0. The first call.
+
+        Arguments:
+            changed: to be called, in the event loop, whenever `num_workers` or `floors_only` has changed between
+                batches.
+        """
+
+    async def infer(self, batch: Batch) -> Outputs:
+        """Runs a batch.
+
+        Raises:
+            GatewayError: what the images of the batch are to be answered with; any other is not for clients.
+        """
+
+    async def close(self) -> None:
         """Frees threads and connections; no `infer` is under way."""

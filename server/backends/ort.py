@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -41,6 +42,8 @@ class OrtBackend:
     """
 
     num_workers = 1
+    floors_only = False
+    cancellable = False
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         self._manifest = bundle.manifest
@@ -58,10 +61,13 @@ class OrtBackend:
         self._run_options.only_execute_path_to_fetches = True
         self._worker = ThreadPoolExecutor(self.num_workers, thread_name_prefix="onnxruntime")
 
+    async def start(self, changed: Callable[[], None]) -> None:
+        pass  # the session is loaded
+
     async def infer(self, batch: Batch) -> Outputs:
         return await asyncio.get_running_loop().run_in_executor(self._worker, self._run, batch)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._worker.shutdown()
 
     def _run(self, batch: Batch) -> Outputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def recording(subject: Subject, active: ActivePolicy, workers: int) -> Recording
 class MachineBackend:
     """Takes as long as the simulator's machine would, on the clock of the loop."""
 
+    floors_only = cancellable = False
+
     def __init__(self, subject: Subject, machine: Machine, workers: int) -> None:
         self.num_workers = workers
         self._ladder, self._duration_s = subject.ladder, machine.durations()
@@ -90,7 +93,10 @@ class MachineBackend:
             token_experts=None,
         )
 
-    def close(self) -> None:
+    async def start(self, changed: Callable[[], None]) -> None:
+        raise AssertionError("not the engine's to start")
+
+    async def close(self) -> None:
         raise AssertionError("not the engine's to close")
 
 

@@ -38,6 +38,8 @@ class FakeBackend:
     """
 
     num_workers = 1
+    floors_only = False
+    cancellable = False
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
@@ -45,6 +47,9 @@ class FakeBackend:
         self.gate.set()
         self.failure: Exception | None = None
         self.closed = False
+
+    async def start(self, changed: Callable[[], None]) -> None:
+        pass
 
     async def infer(self, batch: Batch) -> Outputs:
         self.batches.append(batch)
@@ -61,7 +66,7 @@ class FakeBackend:
             token_experts=np.full((rows, layers, 5, 2), -1, np.int64) if batch.explain and layers else None,
         )
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.closed = True
 
 

@@ -49,7 +49,7 @@ def test_backend_when_model_is_dense_then_logits_come_back_and_routing_is_empty(
     backend = OrtBackend(Bundle(tmp_path, dense_manifest), threads=1)
     images = np.arange(2 * 64, dtype=np.uint8).reshape(2, 8, 8, 1)
     outputs = asyncio.run(backend.infer(dense_batch(images)))
-    backend.close()
+    asyncio.run(backend.close())
     assert outputs.logits.tolist() == [[0, 1, 2, 3], [64, 65, 66, 67]]
     assert (outputs.kept.shape, outputs.expert_load.shape, outputs.token_experts) == ((2, 0), (2, 0, 0), None)
 
@@ -61,7 +61,7 @@ def test_backend_when_graph_takes_floats_then_pixels_arrive_normalised(
     manifest = dense_manifest.model_copy(update={"input": "float32"})
     backend = OrtBackend(Bundle(tmp_path, manifest), threads=1)
     outputs = asyncio.run(backend.infer(dense_batch(np.full((1, 8, 8, 1), 255, np.uint8))))
-    backend.close()
+    asyncio.run(backend.close())
     # mean and std 0.5: white is (1 - 0.5) / 0.5 = 1
     np.testing.assert_allclose(outputs.logits, 1, atol=1e-6)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 
-from tests.triton_server import TritonServer, TritonServerError
+from tests.triton.conftest import SHIPPED
+from tests.triton_server import TritonServer, TritonServerError, main
 
 
 def ready(server: TritonServer, timeout_s: float = 5.0) -> int:
@@ -47,6 +49,11 @@ def test_killed_server_leaves_neither_processes_nor_shared_memory(triton_reposit
         assert shared_memory() != before
         server.kill()
         assert shared_memory() == before
+
+
+def test_program_serves_while_a_command_runs_and_returns_its_exit_code() -> None:
+    connect = "import socket, sys; host, port = sys.argv[1].split(':'); socket.create_connection((host, int(port)))"
+    assert main(str(SHIPPED), sys.executable, "-c", f"{connect}; sys.exit(7)", "GRPC_URL") == 7
 
 
 def test_model_that_does_not_load_fails_the_start_with_the_log(tmp_path: Path) -> None:

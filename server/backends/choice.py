@@ -1,0 +1,38 @@
+"""Settings to backend. The only place that knows all of them."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry
+
+from exporter.bundle import Bundle
+from server.backends.base import Backend, BackendError
+from server.backends.fallback import FallbackBackend
+from server.backends.ort import OrtBackend
+from server.metrics import BackendMetrics
+from server.settings import Settings
+
+
+def create_backend(settings: Settings, bundle: Bundle, registry: CollectorRegistry) -> Backend:
+    """Raises:
+    BundleError: the embedded engine cannot run the bundle.
+    BackendError: a library is missing.
+    """
+    if settings.backend == "embedded":
+        return OrtBackend(bundle, settings.threads)
+    try:
+        from server.backends.triton.backend import TritonBackend  # an optional dependency
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"backend triton needs the module {error.name}: pip install 'vmoe-serving[triton]'"
+        ) from error
+    metrics = BackendMetrics(registry)
+    triton = TritonBackend(
+        bundle.manifest,
+        settings.triton_endpoints,
+        timeout_s=settings.triton_timeout_s,
+        probe_s=settings.triton_probe_s,
+        metrics=metrics,
+    )
+    if settings.fallback == "none":
+        return triton
+    return FallbackBackend(triton, OrtBackend(bundle, settings.threads), metrics)
