@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -21,9 +22,16 @@ _START_LIMIT_S = 60.0  # a second or two on a quiet machine
 
 @pytest.fixture(scope="session")
 def gateway_url() -> Iterator[str]:
-    """`python -m server` with the shipped model."""
+    """With the embedded engine."""
+    with running_gateway() as url:
+        yield url
+
+
+@contextmanager
+def running_gateway(*arguments: str) -> Iterator[str]:
+    """`python -m server` with the shipped model; its URL."""
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "server", "--port", str(port)], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-m", "server", "--port", str(port), *arguments], cwd=ROOT)
     url = f"http://127.0.0.1:{port}"
 
     def ready() -> bool:

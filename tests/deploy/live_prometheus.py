@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ class Prometheus:
 
 
 @contextmanager
-def running_prometheus(directory: Path, targets: Mapping[str, str]) -> Iterator[Prometheus]:
+def running_prometheus(directory: Path, targets: Mapping[str, Sequence[str]]) -> Iterator[Prometheus]:
     """Starts it, and stops it at the end.
 
     Arguments:
@@ -57,8 +57,8 @@ def running_prometheus(directory: Path, targets: Mapping[str, str]) -> Iterator[
     port = free_port()
     for name, job in jobs.items():
         job.pop("dns_sd_configs", None)
-        target = f"127.0.0.1:{port}" if name == "prometheus" else targets.get(name)
-        job["static_configs"] = [{"targets": [target] if target else []}]
+        mine = [f"127.0.0.1:{port}"] if name == "prometheus" else targets.get(name, ())
+        job["static_configs"] = [{"targets": list(mine)}]
     # The one other difference: a test has no time for intervals of seconds.
     config["global"] = {"scrape_interval": "250ms", "evaluation_interval": "250ms"}
     (directory / "prometheus.yml").write_text(yaml.safe_dump(config))

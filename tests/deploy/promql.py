@@ -15,6 +15,8 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 _VARIABLES = {"$__rate_interval": "1m", "$instance": ".*", "$budget": ".*"}
 _SERIES = re.compile(r"(?<![:\w])(?:vmoe|nv)_\w+")
 _LABELS = re.compile(r"\{\{\s*(?:\$labels\.)?(\w+)\s*\}\}")
+# No sample before the first failure.
+_RARE = {"vmoe_failed_images_total"}
 _HISTOGRAM = re.compile(r"_(bucket|sum|count)$")
 
 
@@ -23,7 +25,7 @@ class Expression:
     """Attributes:
     place: panel or rule.
     labels: that the legend shows.
-    may_be_empty: an alert, which is empty while all is well.
+    may_be_empty: while all is well, as alerts are.
     """
 
     place: str
@@ -56,7 +58,8 @@ def dashboard_expressions() -> Iterator[Expression]:
     for panel in dashboard["panels"]:
         for target in panel.get("targets", ()):
             labels = frozenset(_LABELS.findall(target["legendFormat"]))
-            yield Expression(f"panel {panel['title']}", _replaced(target["expr"]), labels)
+            rare = bool(_RARE & set(_SERIES.findall(target["expr"])))
+            yield Expression(f"panel {panel['title']}", _replaced(target["expr"]), labels, may_be_empty=rare)
     for annotation in dashboard["annotations"]["list"]:
         yield Expression(f"annotation {annotation['name']}", annotation["expr"], may_be_empty=True)
 

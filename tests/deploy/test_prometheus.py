@@ -19,7 +19,7 @@ import tritonclient.grpc
 import yaml
 from tritonclient.utils import InferenceServerException
 
-from tests.deploy.conftest import ROOT, tool
+from tests.deploy.conftest import ROOT, running_gateway, tool
 from tests.deploy.live_prometheus import DEPLOY, Prometheus, running_prometheus, wait_until
 from tests.deploy.promql import Expression, base_name, dashboard_expressions, rule_expressions
 from tests.triton_server import TritonServer, python_repository
@@ -52,23 +52,34 @@ def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
 
 
 @pytest.fixture(scope="module")
+def triton_gateway_url(triton: TritonServer) -> Iterator[str]:
+    """A gateway in front of it: what docker-compose.yml leaves open is enough for that."""
+    with running_gateway("--backend", "triton", "--triton-urls", triton.grpc_url) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
 def prometheus(
-    gateway_url: str, triton: TritonServer, tmp_path_factory: pytest.TempPathFactory
+    gateway_url: str, triton_gateway_url: str, triton: TritonServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
     tool("prometheus")
-    targets = {"gateway": gateway_url.removeprefix("http://"), "triton": f"127.0.0.1:{triton.metrics_port}"}
+    targets = {
+        "gateway": [url.removeprefix("http://") for url in (gateway_url, triton_gateway_url)],
+        "triton": [f"127.0.0.1:{triton.metrics_port}"],
+    }
     with running_prometheus(tmp_path_factory.mktemp("prometheus"), targets) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def traffic(gateway_url: str, triton: TritonServer) -> Iterator[Callable[[], None]]:
-    """One round of everything that makes a series: budgets, a point by hand, a broken image, a hopeless deadline."""
+def traffic(gateway_url: str, triton_gateway_url: str) -> Iterator[Callable[[], None]]:
+    """One round of everything that makes a series: budgets, a point by hand, a broken image, a hopeless deadline; and
+    one image through Triton."""
     queries = [{"budget": budget} for budget in ("low", "medium", "high", "max", "auto")]
     queries.append({"capacity_factor": "0.25", "num_selected_experts": "1"})
     with (
         httpx.Client(base_url=gateway_url, timeout=30, headers={"Content-Type": "image/png"}) as client,
-        tritonclient.grpc.InferenceServerClient(triton.grpc_url) as direct,
+        httpx.Client(base_url=triton_gateway_url, timeout=30, headers={"Content-Type": "image/png"}) as through_triton,
     ):
 
         def send() -> None:
@@ -79,7 +90,7 @@ def traffic(gateway_url: str, triton: TritonServer) -> Iterator[Callable[[], Non
             assert client.post("/classify", content=b"not an image").status_code == 400
             # Refused unless it is late in another way: one millisecond is less than one batch takes.
             assert client.post("/classify", params={"deadline_ms": "1"}, content=IMAGE).status_code in (503, 504)
-            infer(direct)
+            assert through_triton.post("/classify", params={"deadline_ms": "5000"}, content=IMAGE).status_code == 200
 
         yield send
 
@@ -113,15 +124,13 @@ def scraped(prometheus: Prometheus, traffic: Callable[[], None]) -> Prometheus:
 
 
 def test_both_jobs_are_up(scraped: Prometheus) -> None:
-    assert {each["metric"]["job"]: each["value"][1] for each in scraped.query("up")} == {
-        "gateway": "1",
-        "triton": "1",
-        "prometheus": "1",
-    }
+    up = sorted((each["metric"]["job"], each["value"][1]) for each in scraped.query("up"))
+    assert up == [("gateway", "1"), ("gateway", "1"), ("prometheus", "1"), ("triton", "1")]
 
 
-def test_counters_say_what_was_sent(scraped: Prometheus, traffic: Callable[[], None]) -> None:
-    answered = 'sum by (budget) (vmoe_requests_total{status="200"})'
+def test_counters_say_what_was_sent(scraped: Prometheus, traffic: Callable[[], None], gateway_url: str) -> None:
+    instance = gateway_url.removeprefix("http://")
+    answered = f'sum by (budget) (vmoe_requests_total{{status="200", instance="{instance}"}})'
 
     def counts() -> dict[str, float]:
         return {each["metric"]["budget"]: float(each["value"][1]) for each in scraped.query(answered)}
@@ -163,8 +172,11 @@ def test_rules_are_evaluated_without_error_and_nothing_has_to_fire(scraped: Prom
     assert [rule["name"] for rule in rules if rule.get("state") == "firing"] == []
 
 
-def test_every_series_that_is_named_exists(scraped: Prometheus, gateway_url: str, triton: TritonServer) -> None:
-    exposed = httpx.get(f"{gateway_url}/metrics").text + httpx.get(triton.metrics_url).text
+def test_every_series_that_is_named_exists(
+    scraped: Prometheus, gateway_url: str, triton_gateway_url: str, triton: TritonServer
+) -> None:
+    urls = (f"{gateway_url}/metrics", f"{triton_gateway_url}/metrics", triton.metrics_url)
+    exposed = "".join(httpx.get(url).text for url in urls)
     known = set(re.findall(r"^# TYPE (\w+)", exposed, re.MULTILINE)) | GPU_SERIES
     written = {name for expression in EXPRESSIONS for name in expression.series}
     named = {name if name in known else base_name(name) for name in written}
@@ -173,8 +185,11 @@ def test_every_series_that_is_named_exists(scraped: Prometheus, gateway_url: str
     assert {name for name in named if name.startswith("vmoe_") and f"`{name}`" not in documented} == set()
 
 
-def test_promtool_finds_nothing_in_the_metrics_of_a_live_gateway(scraped: Prometheus, gateway_url: str) -> None:
-    text = httpx.get(f"{gateway_url}/metrics").text
+@pytest.mark.parametrize("fixture", ["gateway_url", "triton_gateway_url"])
+def test_promtool_finds_nothing_in_the_metrics_of_a_live_gateway(
+    fixture: str, scraped: Prometheus, request: pytest.FixtureRequest
+) -> None:
+    text = httpx.get(f"{request.getfixturevalue(fixture)}/metrics").text
     done = subprocess.run(
         [tool("promtool"), "check", "metrics"], input=text, capture_output=True, text=True, check=False
     )
