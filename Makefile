@@ -8,7 +8,7 @@ FASHION_MNIST := /usr/share/datasets/fashion-mnist
 PROMETHEUS := $(or $(shell command -v prometheus),/usr/bin/prometheus)
 MODEL ?= vmoe-fashion-mnist
 
-.PHONY: serve serve-triton test lint train export bench-policy clean
+.PHONY: serve serve-triton test lint train export bench-policy bench-fleet clean
 
 serve: $(VENV)/.light
 	$(BIN)/python -m server --model-repository model_repository --model $(MODEL)
@@ -40,6 +40,10 @@ export: $(VENV)/.full $(FASHION_MNIST)
 # Every policy on every trace, simulated; writes table and plot into docs/bench.
 bench-policy: $(VENV)/.full
 	$(BIN)/python -m tests.benchmarks.policies
+
+# What fleets hold, simulated; prints the tables of docs/scaling.md. Took 13 minutes beside other work.
+bench-fleet: $(VENV)/.full
+	$(BIN)/python -m tests.benchmarks.fleet
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
