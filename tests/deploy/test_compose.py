@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from tests.deploy.conftest import ROOT, tool
 
 PROFILES = {
     "embedded": {"gateway", "prometheus", "grafana"},
-    "triton": {"gateway-triton", "triton", "prometheus", "grafana"},
-    "gpu": {"gateway-triton", "triton-gpu", "prometheus", "grafana"},
+    "triton": {"gateway-triton", "triton-model", "triton", "prometheus", "grafana"},
+    "gpu": {"gateway-triton", "triton-model-gpu", "triton-gpu", "prometheus", "grafana"},
 }
 
 
@@ -66,7 +67,7 @@ def test_every_service_is_pinned_checked_limited_and_unprivileged(services: dict
             assert ":latest" not in service["image"], name
             assert ":" in service["image"], name
             assert int(service["user"].partition(":")[0]) > 0, name
-        assert service["healthcheck"]["test"][0] == "CMD", name
+        assert service.get("restart") == "no" or service["healthcheck"]["test"][0] == "CMD", name
         assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"]), name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert float(service["cpus"]) > 0, name
@@ -83,7 +84,7 @@ def test_mounts_of_the_repository_exist_and_are_read_only(services: dict[str, di
 
 @pytest.mark.parametrize("profile", ["triton", "gpu"])
 def test_triton_is_on_the_internal_network_alone(profile: str) -> None:
-    (triton,) = (service for name, service in compose(profile).items() if name.startswith("triton"))
+    triton = compose(profile)["triton" if profile == "triton" else "triton-gpu"]
     assert "ports" not in triton
     assert list(triton["networks"]) == ["backend"]
     networks = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["networks"]
@@ -103,6 +104,23 @@ def test_grafana_has_no_account_to_log_in_to() -> None:
     assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
     assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
     assert environment["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
+
+
+@pytest.mark.parametrize(("profile", "kind"), [("triton", "KIND_CPU"), ("gpu", "KIND_GPU")])
+def test_model_is_written_for_the_device_that_triton_has(profile: str, kind: str, tmp_path: Path) -> None:
+    services = compose(profile)
+    writer, triton = ("triton-model", "triton") if profile == "triton" else ("triton-model-gpu", "triton-gpu")
+    assert services[triton]["depends_on"][writer]["condition"] == "service_completed_successfully"
+    python, *arguments = services[writer]["entrypoint"] + services[writer]["command"]
+    assert python == "python"
+    places = {"/models": str(ROOT / "model_repository"), "/repository": str(tmp_path)}
+    subprocess.run([sys.executable, *(places.get(word, word) for word in arguments)], cwd=ROOT, check=True)
+    config = (tmp_path / "vmoe-fashion-mnist" / "config.pbtxt").read_text()
+    assert f"kind: {kind}" in config
+    volumes = {volume["target"]: volume for volume in services[writer]["volumes"]}
+    (mounted,) = services[triton]["volumes"]
+    assert (mounted["source"], mounted["target"]) == (volumes["/repository"]["source"], "/models")
+    assert mounted["read_only"]
 
 
 @pytest.mark.parametrize("profile", PROFILES)
