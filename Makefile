@@ -44,7 +44,7 @@ $(VENV)/.light: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.full: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,loadtest,dev]'
 	touch $@ $(VENV)/.light
 
 # Test and training data. Where apt or root is missing, say what to do instead of failing in the middle of a test.
