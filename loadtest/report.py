@@ -129,7 +129,7 @@ class Live(_Model):
             request was due and not sent; shown for comparison.
         send_lag_s: sent after it was due.
         failures: by what went wrong.
-        gateway_slo_attainment: `slo_attainment` by the gateway's clock, from the end of the upload to that of inference.
+        gateway_slo_attainment: `slo_attainment` by the gateway's clock: end of upload to end of inference.
         labelled_answers: to images with a known label.
         accuracy: of those answers that were right; effective_accuracy: right and in time, over all labelled images.
         client_cpu_s: of the generator's process, per request.
