@@ -112,6 +112,8 @@ class Client:
             return Failed(type(error).__name__)
 
     def _read(self, status: int, body: bytes) -> Reply:
+        if status == 504:
+            return Expired()
         try:
             content = json.loads(body)
             if status == 200:
@@ -122,11 +124,9 @@ class Client:
                     content["deadline_met"],
                     content["times"]["queue_ms"] / 1000,
                 )
-            if status == 504:
-                return Expired()
             code = str(content["code"])
         except (ValueError, KeyError, TypeError, IndexError):
-            return Expired() if status == 504 else Failed(f"{status} from no gateway")
+            return Failed(f"{status} from no gateway")
         return Shed(_SHED[code]) if status == 503 and code in _SHED else Failed(f"{status} {code}")
 
     def _point(self, found: dict[str, Any] | None) -> PointUsed:

@@ -138,8 +138,8 @@ class Recorder:
         """The points that were used, from the cheapest on."""
         rungs = []
         for used in sorted(self._points, key=lambda point: point.relative_compute):
-            known = used.capacity_factor is not None and used.num_selected_experts is not None
-            point = OperatingPoint(used.capacity_factor, used.num_selected_experts) if known else None  # type: ignore[arg-type]
+            factor, experts = used.capacity_factor, used.num_selected_experts
+            point = None if factor is None or experts is None else OperatingPoint(factor, experts)
             rungs.append(Rung(point, used.slots, used.accuracy, used.accuracy or 0.0, None))
         return Ladder(rungs, range(len(rungs)))
 
