@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from yarl import URL
 
 from loadtest.errors import TargetError
+from loadtest.outcomes import SERVE_REASONS
 from server.scheduler import ServeReason, ShedReason
 from server.schemas import Models, PolicyBody
 
@@ -117,6 +118,8 @@ class Client:
         try:
             content = json.loads(body)
             if status == 200:
+                if content["reason"] not in SERVE_REASONS:
+                    return Failed(f"200 with unknown reason {content['reason']!r}")
                 return Answered(
                     self._point(content["operating_point"]),
                     content["predictions"][0]["index"],
