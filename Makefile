@@ -54,7 +54,7 @@ $(VENV)/.light: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.full: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,loadtest,dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps nvidia-pytriton # see pyproject.toml
 	touch $@ $(VENV)/.light
 
