@@ -19,12 +19,6 @@ TritonBackend = Literal["onnxruntime", "python"]
 TritonDevice = Literal["cpu", "gpu"]
 
 WARMUP_DIRECTORY = "warmup"  # where Triton looks for input_data_file
-# Triton cuts a request's timeout to this one and takes none where this is 0. Longer than any deadline that a gateway
-# accepts by default (its request_timeout_s is 10), short enough that a queue of the forgotten drains.
-QUEUE_TIMEOUT_S = 30.0
-# Chosen, not tuned: requests that wait in Triton, each a whole batch. A gateway keeps its queue to itself and sends
-# what can run next, so with this many waiting, far too many gateways share a server: UNAVAILABLE beats a late answer.
-MAX_QUEUE_REQUESTS = 64
 
 _TYPES: dict[TensorType, str] = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 
@@ -88,21 +82,12 @@ def _tensor(tensor: Tensor) -> str:
 
 
 def _queue() -> Iterator[str]:
-    """A bounded queue with a timeout, which Triton has only in its dynamic batcher, and no batching in it."""
-    yield "# The dynamic batcher is here for its queue alone: bounded, and with a timeout that a request may shorten."
-    yield "# It must merge nothing. The gateway forms the batches and reckons with their measured latency, which a"
-    yield "# second gateway's images in the same run would falsify. A preferred size of 1 does that: whatever request"
-    yield "# is first reaches or exceeds it alone. Without the gateway, remove that line to let Triton batch."
-    yield "dynamic_batching {"
-    yield "  preferred_batch_size: [ 1 ]"
-    yield "  max_queue_delay_microseconds: 0"
-    yield "  default_queue_policy {"
-    yield "    timeout_action: REJECT"
-    yield f"    default_timeout_microseconds: {round(1e6 * QUEUE_TIMEOUT_S)}"
-    yield "    allow_timeout_override: true"
-    yield f"    max_queue_size: {MAX_QUEUE_REQUESTS}"
-    yield "  }"
-    yield "}"
+    """A queue out of which a cancelled request is taken, which Triton has only in its dynamic batcher; no batching."""
+    yield "# The dynamic batcher is here because it drops what a client has given up. It must merge nothing: the"
+    yield "# gateway forms the batches and reckons with their measured latency, which a second gateway's images in the"
+    yield "# same run would falsify. A preferred size of 1 does that: whatever request is first reaches or exceeds it"
+    yield "# alone. A queue policy (timeout, size) must not stand here: docs/triton.md, Queue."
+    yield "dynamic_batching { preferred_batch_size: [ 1 ] max_queue_delay_microseconds: 0 }"
 
 
 def _accelerator(options: TritonOptions) -> Iterator[str]:

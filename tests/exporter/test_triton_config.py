@@ -92,15 +92,11 @@ def test_dense_model_has_images_and_logits_and_warms_up_without_points() -> None
     assert warmup_files(small_manifest(replace(SMALL, moe=None))) == {}
 
 
-def test_queue_is_bounded_with_a_timeout_that_requests_may_shorten_and_merges_nothing() -> None:
+def test_queue_merges_nothing_and_has_no_policy() -> None:
     batching = parse(small_manifest()).dynamic_batching
     assert list(batching.preferred_batch_size) == [1]
     assert batching.max_queue_delay_microseconds == 0
-    policy = batching.default_queue_policy
-    assert policy.timeout_action == policy.REJECT
-    assert policy.default_timeout_microseconds == 30_000_000
-    assert policy.allow_timeout_override
-    assert policy.max_queue_size == 64
+    assert not batching.HasField("default_queue_policy")
 
 
 @pytest.mark.parametrize(
