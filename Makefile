@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
+PROMETHEUS := $(or $(shell command -v prometheus),/usr/bin/prometheus)
 MODEL ?= vmoe-fashion-mnist
 
-.PHONY: serve serve-triton test lint train export bench-policy clean
+.PHONY: serve serve-triton test lint train export bench-policy bench-fleet clean
 
 serve: $(VENV)/.light
 	$(BIN)/python -m server --model-repository model_repository --model $(MODEL)
@@ -17,7 +18,7 @@ serve-triton: $(VENV)/.full
 	$(BIN)/python -m tests.triton_server model_repository/$(MODEL) \
 		$(BIN)/python -m server --model-repository model_repository --model $(MODEL) --backend triton --triton-urls GRPC_URL
 
-test: lint $(FASHION_MNIST)
+test: lint $(FASHION_MNIST) $(PROMETHEUS)
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.full
@@ -40,6 +41,10 @@ export: $(VENV)/.full $(FASHION_MNIST)
 bench-policy: $(VENV)/.full
 	$(BIN)/python -m tests.benchmarks.policies
 
+# What fleets hold, simulated; prints the tables of docs/scaling.md. Took 13 minutes beside other work.
+bench-fleet: $(VENV)/.full
+	$(BIN)/python -m tests.benchmarks.fleet
+
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
@@ -49,7 +54,7 @@ $(VENV)/.light: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.full: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,loadtest,dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps nvidia-pytriton # see pyproject.toml
 	touch $@ $(VENV)/.light
 
@@ -58,6 +63,11 @@ $(FASHION_MNIST):
 	@{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq \
 		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq dataset-fashion-mnist; } \
 		|| { echo "install Debian's package dataset-fashion-mnist, or put the four IDX files of Fashion-MNIST into $@"; exit 1; }
+
+# Prometheus and promtool, as programs for the tests: the package's service must not run.
+$(PROMETHEUS):
+	@{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && tests/deploy/install_prometheus.sh; } \
+		|| { echo "install Debian's package prometheus, or put prometheus and promtool on PATH"; exit 1; }
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,43 +1,32 @@
-"""`python -m loadtest`: simulate a policy on a trace, generate a trace."""
+"""`python -m loadtest`: load a gateway, simulate a policy on a trace, generate a trace."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from loadtest import arrivals
 from loadtest.errors import LoadtestError, TraceError
 from loadtest.oracle import oracle
+from loadtest.progress import LiveProgress
 from loadtest.report import PolicyUsed, Report, Setup, oracle_report, summarise
+from loadtest.schedule import Kind, draw
 from loadtest.simulator import Machine, simulate
 from loadtest.subject import Subject
 from loadtest.tables import print_report
-from loadtest.trace import Trace, read_trace, write_trace
-from server.budgets import DEFAULT_BUDGET
+from loadtest.trace import read_trace, write_trace
 
 ORACLE = "oracle"
+INVALID = 3  # exit code
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure what a bundle and a policy can hold.")
-
-
-class Kind(StrEnum):
-    """Arrival processes."""
-
-    constant = "constant"
-    poisson = "poisson"
-    gamma = "gamma"
-    on_off = "on-off"
-    diurnal = "diurnal"
-    spike = "spike"
 
 
 @app.command("simulate")
@@ -103,6 +92,74 @@ def simulate_command(
 
 
 @app.command()
+def run(
+    url: Annotated[str, typer.Option(help="Of the gateway, for instance http://127.0.0.1:8080.")],
+    arrivals: Annotated[Kind | None, typer.Option(help="Arrival process; needs --rate and --duration.")] = None,
+    rate_hz: Annotated[float | None, typer.Option("--rate", help="Mean requests per second.")] = None,
+    duration_s: Annotated[float | None, typer.Option("--duration", help="Seconds, after the warm-up.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="CSV as for `simulate`, instead of --arrivals.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the schedule and of the choice of images.")] = 0,
+    cv: Annotated[float, typer.Option(help="gamma: coefficient of variation of the gaps.")] = 4.0,
+    factor: Annotated[float | None, typer.Option(help="on-off, spike: height of a burst. Default: 5, 10.")] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="NAME=SHARE; repeat for a mix. Default: all of budget auto.")
+    ] = None,
+    deadline_ms: Annotated[float | None, typer.Option(help="Default: the budget's.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder (CLASS/FILE), IDX data set or one file. Default: the sample.")
+    ] = None,
+    warmup_s: Annotated[float, typer.Option("--warmup", min=0, help="First seconds, sent and not counted.")] = 2.0,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds after which a request has failed.")] = 10.0,
+    grace_ms: Annotated[
+        float, typer.Option(min=0, help="Beyond the deadline, for the way there and back; still in time.")
+    ] = 0.0,
+    json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
+) -> None:
+    """Offers load to a live gateway and measures latency, accuracy and refusals. Ctrl-C ends it early, with a report.
+
+    Exits with 3 when the figures may not be relied on; the report says why.
+    """
+    with _clear_errors():
+        try:
+            from loadtest.generator import Plan, measure  # needs aiohttp, which simulating does not
+            from loadtest.images import SAMPLE, load_images
+            from loadtest.recorder import Terms
+        except ModuleNotFoundError as error:
+            raise LoadtestError(f"live runs need {error.name}: pip install 'vmoe-serving[loadtest]'") from error
+        if not (math.isfinite(timeout_s) and timeout_s > 0):
+            raise LoadtestError(f"--timeout must be finite and above 0, got {timeout_s}")
+        if (trace is None) == (arrivals is None):
+            raise LoadtestError("give either --trace FILE or --arrivals KIND with --rate and --duration")
+        if trace is not None:
+            name, schedule = str(trace), read_trace(trace)
+        elif arrivals is not None:
+            if rate_hz is None or duration_s is None:
+                raise LoadtestError("--arrivals needs --rate and --duration")
+            name = f"{arrivals}, {rate_hz:g}/s, {duration_s:g} s, seed {seed}"
+            total_s = warmup_s + duration_s
+            schedule = draw(
+                arrivals,
+                rate_hz,
+                total_s,
+                seed=seed,
+                cv=cv,
+                factor=factor,
+                budget=budget or (),
+                deadline_ms=deadline_ms,
+            )
+        plan = Plan(schedule, name, Terms(warmup_s, timeout_s, grace_ms / 1000), seed)
+        with LiveProgress(len(schedule), Console(stderr=True)) as progress:
+            report = asyncio.run(
+                measure(url, plan, lambda labels: load_images(images or SAMPLE, labels), progress.update)
+            )
+        print_report(report, Console())
+        if json is not None:
+            _write(json, report)
+    if report.live is not None and not report.live.valid:
+        raise typer.Exit(INVALID)
+
+
+@app.command()
 def generate(
     kind: Annotated[Kind, typer.Argument(help="Arrival process.")],
     rate_hz: Annotated[float, typer.Option("--rate", help="Mean requests per second.")],
@@ -118,52 +175,14 @@ def generate(
 ) -> None:
     """Draws a trace; the same seed gives the same file."""
     with _clear_errors():
-        for name, value in (("--rate", rate_hz), ("--duration", duration_s), ("--cv", cv), ("--factor", factor)):
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise LoadtestError(f"{name} must be finite and above 0, got {value}")
-        generator = np.random.default_rng(seed)
-        times = _draw(kind, rate_hz, duration_s, cv, factor, generator)
-        names, shares = _shares(budget or [f"{DEFAULT_BUDGET}=1"])
-        codes = generator.choice(len(names), size=len(times), p=shares)
-        deadlines = None if deadline_ms is None else np.full(len(times), deadline_ms / 1000)
+        trace = draw(
+            kind, rate_hz, duration_s, seed=seed, cv=cv, factor=factor, budget=budget or (), deadline_ms=deadline_ms
+        )
         try:
-            write_trace(out, Trace.of(times, codes, names, deadlines))
+            write_trace(out, trace)
         except OSError as error:
             raise TraceError(f"cannot write {out}: {error.strerror}") from error
-    Console(stderr=True).print(f"{out}: {len(times):,} requests in {duration_s:g} s")
-
-
-def _draw(
-    kind: Kind, rate_hz: float, duration_s: float, cv: float, factor: float | None, generator: np.random.Generator
-) -> arrivals.Times:
-    match kind:
-        case Kind.constant:
-            return arrivals.constant(rate_hz, duration_s)
-        case Kind.poisson:
-            return arrivals.poisson(rate_hz, duration_s, generator)
-        case Kind.gamma:
-            return arrivals.gamma(rate_hz, duration_s, cv, generator)
-        case Kind.on_off:
-            return arrivals.on_off(rate_hz, duration_s, generator, factor=5.0 if factor is None else factor)
-        case Kind.diurnal:
-            return arrivals.diurnal(rate_hz, duration_s, generator)
-        case Kind.spike:
-            return arrivals.spike(rate_hz, duration_s, generator, factor=10.0 if factor is None else factor)
-
-
-def _shares(texts: list[str]) -> tuple[list[str], list[float]]:
-    """Names and shares that sum to 1."""
-    shares: dict[str, float] = {}
-    for text in texts:
-        name, _, number = text.partition("=")
-        try:
-            shares[name] = float(number or 1)
-        except ValueError as error:
-            raise LoadtestError(f"--budget must be NAME=SHARE with a number above 0, got {text!r}") from error
-        if not (name and math.isfinite(shares[name]) and shares[name] > 0):
-            raise LoadtestError(f"--budget must be NAME=SHARE with a number above 0, got {text!r}")
-    total = sum(shares.values())
-    return list(shares), [share / total for share in shares.values()]
+    Console(stderr=True).print(f"{out}: {len(trace):,} requests in {duration_s:g} s")
 
 
 def _write(path: Path, report: Report) -> None:

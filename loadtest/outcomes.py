@@ -21,14 +21,16 @@ class Outcome(IntEnum):
     met: answered in time.
     late: answered after its deadline.
     expired: admitted, and dropped from the queue when no answer could be in time any more.
+    failed: no answer for another reason: no connection, a time-out of the client, an error that is no refusal.
     unfinished: no outcome; a run that ends with one has lost a request.
     """
 
     met = 0
     late = 1
     expired = 2
-    unfinished = 3
-    SHED = 4
+    failed = 3
+    unfinished = 4
+    SHED = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +42,8 @@ class Outcomes:
         rung: (N,) int16 of the ladder; -1 where there was no answer.
         reason: (N,) uint8 index into `SERVE_REASONS`; of answers only.
         queue_s: (N,) from the arrival until its batch started or it was dropped; NaN where it was refused.
-        latency_s: (N,) from the arrival to the answer. An expired request counts at least its deadline: who waits for
-            an answer that does not come waits no shorter than for one that is late. NaN where it was refused.
+        latency_s: (N,) from the arrival to the answer. An expired or failed request counts at least its deadline: who
+            waits for an answer that does not come waits no shorter than for one that is late. NaN where it was refused.
         batch_size: (M,) uint16.
         decision_s: (M,) time that each decision took on this machine's clock.
     """
@@ -63,6 +65,18 @@ class Outcomes:
             np.zeros(size, np.uint8),
             np.full(size, np.nan),
             np.full(size, np.nan),
+            np.zeros(0, np.uint16),
+            np.zeros(0, np.float32),
+        )
+
+    def part(self, keep: slice) -> Outcomes:
+        """Some of the requests; what is known of batches only is dropped, for a batch may hold others."""
+        return Outcomes(
+            self.outcome[keep],
+            self.rung[keep],
+            self.reason[keep],
+            self.queue_s[keep],
+            self.latency_s[keep],
             np.zeros(0, np.uint16),
             np.zeros(0, np.float32),
         )

@@ -6,10 +6,14 @@ exported without images, everything but the bound in a report of the oracle.
     accuracy of an answer   measured accuracy of its operating point, whatever the image
     effective accuracy      that accuracy where the answer was in time, 0 where not or where none came, over all offered
     slo_attainment          answered in time, over all offered
-    missed_ratio            admitted and then late or dropped, over all offered
+    missed_ratio            admitted and then late, dropped or failed, over all offered
     shed_ratio              refused on arrival, over all offered
     degraded_ratio          answered below the ceiling of the budget, over all answers
-    latency_s               of admitted requests, from the arrival; a dropped one counts at least its deadline
+    latency_s               of admitted requests, from the arrival; a dropped or failed one counts at least its deadline
+
+In a live run the arrival is the scheduled one, and in time means by the client's clock. `live` has what only a live run
+knows. Percentiles are numpy's, of every single latency: a schedule fits into memory, so they need no histogram and
+lose no digit.
 """
 
 from __future__ import annotations
@@ -93,22 +97,59 @@ class Setup(_Model):
 
     Attributes:
         kind: how.
-        bundle: directory; manifest_sha256: of its manifest.
+        bundle: directory, or URL and name of the model; manifest_sha256: of its manifest.
+        workers, max_batch_size, manifest_sha256: null in a live run, the gateway does not tell.
         trace: file or description; trace_sha256: of its content.
-        seed, noise, slowdown: of the simulated machine; null in a live run.
+        seed: of the simulated noise, or of the live schedule; noise, slowdown: of the simulated machine.
     """
 
     kind: Literal["simulated", "live"]
     policy: PolicyUsed
     bundle: str
-    manifest_sha256: str
+    manifest_sha256: str | None
     trace: str
     trace_sha256: str
-    workers: int
-    max_batch_size: int
+    workers: int | None
+    max_batch_size: int | None
     seed: int | None = None
     noise: float | None = None
     slowdown: float | None = None
+
+
+class Live(_Model):
+    """What only a live run knows.
+
+    Attributes:
+        valid, invalid_reasons: whether the figures may be relied on, and why not.
+        interrupted: stopped by hand; the report is of what had been sent.
+        warmup_s, warmup_requests: sent first, cut from every figure.
+        timeout_s: after which a request without an answer counts as failed.
+        grace_s: beyond the deadline, for the way there and back: an answer within both is in time.
+        latency_from_send_s: as `latency_s`, from the moment the request was sent. It leaves out the time for which a
+            request was due and not sent; shown for comparison.
+        send_lag_s: sent after it was due.
+        failures: by what went wrong.
+        gateway_slo_attainment: `slo_attainment` by the gateway's clock: end of upload to end of inference.
+        labelled_answers: to images with a known label.
+        accuracy: of those answers that were right; effective_accuracy: right and in time, over all labelled images.
+        client_cpu_s: of the generator's process, per request.
+    """
+
+    valid: bool
+    invalid_reasons: list[str]
+    interrupted: bool
+    warmup_s: float
+    warmup_requests: int
+    timeout_s: float
+    grace_s: float
+    latency_from_send_s: LatencyQuantiles
+    send_lag_s: LatencyQuantiles
+    failures: dict[str, int]
+    gateway_slo_attainment: float | None
+    labelled_answers: int
+    accuracy: float | None
+    effective_accuracy: float | None
+    client_cpu_s: float
 
 
 class Report(Figures):
@@ -124,17 +165,20 @@ class Report(Figures):
     decisions: int
     mean_decision_s: float | None
     oracle: Oracle | None = None
+    live: Live | None = None
     unknown: dict[str, str]
     versions: dict[str, str]
 
 
-def summarise(trace: Trace, outcomes: Outcomes, ladder: Ladder, setup: Setup) -> Report:
+def summarise(trace: Trace, outcomes: Outcomes, ladder: Ladder, setup: Setup, live: Live | None = None) -> Report:
     """The report of a run."""
     everybody = np.ones(len(trace), np.bool_)
     figures = _figures(outcomes, ladder, everybody)
     rungs = outcomes.rung[outcomes.answered]
     counts = np.bincount(rungs, minlength=len(ladder)).tolist()
     unknown = _unknown(figures, _accuracies(ladder) is not None)
+    if live is not None:
+        unknown |= dict.fromkeys(("mean_batch_size", "mean_decision_s"), "the gateway does not tell")
     return Report(
         **dict(figures),
         setup=setup,
@@ -145,6 +189,7 @@ def summarise(trace: Trace, outcomes: Outcomes, ladder: Ladder, setup: Setup) ->
         mean_batch_size=_mean(outcomes.batch_size),
         decisions=len(outcomes.decision_s),
         mean_decision_s=_mean(outcomes.decision_s),
+        live=live,
         unknown=unknown,
         versions=versions(),
     )
@@ -203,7 +248,7 @@ def _figures(outcomes: Outcomes, ladder: Ladder, mask: npt.NDArray[np.bool_]) ->
         effective_accuracy = _ratio(float(gained[met].sum()), offered)
         mean_accuracy = _ratio(float(gained.sum()), num_answered)
     shed = np.bincount(outcome[outcome >= Outcome.SHED] - int(Outcome.SHED), minlength=len(SHED_REASONS)).tolist()
-    missed = int(((outcome == Outcome.late) | (outcome == Outcome.expired)).sum())
+    missed = int(np.isin(outcome, (Outcome.late, Outcome.expired, Outcome.failed)).sum())
     degraded = int(np.isin(outcomes.reason[mask][answered], _DEGRADED).sum())
     return Figures(
         offered=offered,
@@ -214,7 +259,7 @@ def _figures(outcomes: Outcomes, ladder: Ladder, mask: npt.NDArray[np.bool_]) ->
         shed_ratio=_ratio(sum(shed), offered),
         missed_ratio=_ratio(missed, offered),
         degraded_ratio=_ratio(degraded, num_answered),
-        latency_s=_quantiles(outcomes.latency_s[mask]),
+        latency_s=quantiles(outcomes.latency_s[mask]),
         shed_by_reason=dict(zip(SHED_REASONS, shed, strict=True)),
     )
 
@@ -236,7 +281,8 @@ def _accuracies(ladder: Ladder) -> npt.NDArray[np.float64] | None:
     return np.array([*known, 0.0]) if len(known) == len(ladder) else None
 
 
-def _quantiles(latency_s: npt.NDArray[np.float64]) -> LatencyQuantiles:
+def quantiles(latency_s: npt.NDArray[np.float64]) -> LatencyQuantiles:
+    """Of those that are not NaN."""
     admitted = latency_s[~np.isnan(latency_s)]
     if not len(admitted):
         return LatencyQuantiles()

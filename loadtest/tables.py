@@ -6,7 +6,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from loadtest.report import Figures, Report
+from loadtest.report import Figures, Live, Report
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -20,11 +20,37 @@ def print_report(report: Report, console: Console) -> None:
     for name, reason in report.unknown.items():
         if report.oracle is None:
             console.print(f"{name} is unknown: {reason}")
+    if report.live is not None:
+        _print_live(report.live, console)
     if report.mean_decision_s is not None and report.mean_batch_size is not None:
         console.print(
             f"{report.decisions:,} batches of {report.mean_batch_size:.1f} images, "
             f"{1e6 * report.mean_decision_s:.0f} us per decision"
         )
+
+
+def _print_live(live: Live, console: Console) -> None:
+    lag, from_send = live.send_lag_s, live.latency_from_send_s
+    console.print(
+        f"latency counts from the schedule; from send p50 {_ms(from_send.p50)}, p99 {_ms(from_send.p99)} ms; "
+        f"sent late by p50 {_ms(lag.p50)}, p99 {_ms(lag.p99)} ms"
+    )
+    console.print(
+        f"by the gateway's own clock {_percent(live.gateway_slo_attainment)} % in time; "
+        f"grace {1000 * live.grace_s:g} ms; {1e6 * live.client_cpu_s:.0f} us of processor per request here"
+    )
+    if live.labelled_answers:
+        console.print(
+            f"of {live.labelled_answers:,} answers to labelled images {_percent(live.accuracy)} % were right; "
+            f"right and in time, of all sent: {_percent(live.effective_accuracy)} %"
+        )
+    for why, count in live.failures.items():
+        console.print(f"failed: {count:,} x {why}", markup=False)
+    if live.interrupted:
+        console.print("stopped by hand: the report is of what had been sent")
+    console.print(f"warm-up: {live.warmup_s:g} s, {live.warmup_requests:,} requests, cut")
+    for reason in live.invalid_reasons:
+        console.print(f"[bold]NOT VALID[/bold]: {reason}")
 
 
 def _budgets(report: Report) -> Table:

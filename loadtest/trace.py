@@ -16,7 +16,7 @@ import logging
 import math
 from array import array
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,16 @@ class Trace:
 
     def __len__(self) -> int:
         return len(self.arrival_s)
+
+    def part(self, keep: slice, start_s: float = 0.0) -> Trace:
+        """Some of the requests, on a clock that starts `start_s` later."""
+        return replace(
+            self,
+            arrival_s=self.arrival_s[keep] - start_s,
+            budget=self.budget[keep],
+            deadline_s=self.deadline_s[keep],
+            image=self.image[keep],
+        )
 
     @property
     def duration_s(self) -> float:

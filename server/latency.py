@@ -73,6 +73,7 @@ class LatencyModel:
             raise ValueError(f"latencies must be finite and above 0, got {self._profile.tolist()}")
         self.max_batch_size, self.quantile = max_batch_size, quantile
         self._interpolation = _interpolation(self._sizes, max_batch_size)  # (B, N + 1)
+        self._steps = np.diff(self._interpolation, axis=1, prepend=0.0)  # (B, N + 1): interpolates increments
         sigma_by_size = np.clip(np.asarray(sigma, np.float64), _MIN_SIGMA, _MAX_SIGMA) @ self._interpolation
         self._sigmas = np.clip(sigma_by_size, _MIN_SIGMA, _MAX_SIGMA)
         self.sigma: list[float] = self._sigmas.tolist()
@@ -165,16 +166,16 @@ class LatencyModel:
         for rung in set(rungs):
             step = CELL_STEP * clipped * rungs.count(rung) / size
             self._cells[rung] += step * weights
-        np.clip(self._cells, -_MAX_CELL, _MAX_CELL, out=self._cells)
+        np.maximum(self._cells, -_MAX_CELL, out=self._cells)  # half the time of np.clip, once per batch
+        np.minimum(self._cells, _MAX_CELL, out=self._cells)
         self._rebuild()
 
     def _rebuild(self) -> None:
         cells = self._profile * np.exp(self._scale + self._cells)
-        table = cells @ self._interpolation  # (P, N + 1)
-        increments = np.maximum(np.diff(table, axis=1, prepend=0.0), 0.0)
-        increments[:, 0] = 0.0
-        increments = np.maximum.accumulate(increments, axis=0)
-        self._table_s = np.cumsum(increments, axis=1)
+        increments = cells @ self._steps  # (P, N + 1)
+        np.maximum(increments, 0.0, out=increments)
+        np.maximum.accumulate(increments, axis=0, out=increments)
+        self._table_s = increments.cumsum(axis=1)
         self.median_s = self._table_s.tolist()
         self._high_factors = np.exp(self._z * self._sigmas)
         self._high: list[float] = self._high_factors.tolist()

@@ -143,6 +143,14 @@ def stripped(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key not in varying}
 
 
+def without_probabilities(result: dict[str, Any]) -> dict[str, Any]:
+    return result | {"predictions": [prediction["label"] for prediction in result["predictions"]]}
+
+
+def probabilities(results: list[dict[str, Any]]) -> list[float]:
+    return [prediction["probability"] for result in results for prediction in result["predictions"]]
+
+
 @pytest.mark.skipif(not DATASET.is_dir(), reason=f"{DATASET} is missing: apt install dataset-fashion-mnist")
 def test_answers_when_the_engine_is_triton_then_they_are_those_of_the_embedded_one(triton: TritonServer) -> None:
     queries = [
@@ -171,9 +179,11 @@ def test_answers_when_the_engine_is_triton_then_they_are_those_of_the_embedded_o
             answers.append(results)
         sizes = {key: value for key, value in series(remote).items() if key.startswith("vmoe_batch_size_bucket")}
         assert sizes['vmoe_batch_size_bucket{le="1.0"}'] < sizes['vmoe_batch_size_bucket{le="+Inf"}'], "nothing shared"
-    # The same ONNX Runtime on the same graph with as many threads: to the last bit. Where a policy may choose
-    # (min_accuracy), load decides, so points may differ there.
-    assert answers[0][:4] == answers[1][:4]
+    # Batches are mixed differently, and a matrix product may take another kernel for another size: probabilities agree
+    # up to rounding, everything else exactly. Where a policy may choose (min_accuracy), load decides on points.
+    for mine, its in zip(answers[0][:4], answers[1][:4], strict=True):
+        assert [without_probabilities(result) for result in mine] == [without_probabilities(result) for result in its]
+        assert probabilities(mine) == pytest.approx(probabilities(its), abs=1e-5)
     assert len(answers[1][4]) == len(IMAGES)
 
 

@@ -1,0 +1,176 @@
+"""Offers a trace to a live gateway, open loop: every request leaves at its time, whatever became of those before it.
+
+    trace, drawn beforehand -> pace (sleeps until a request is due) -> one task per request -> recorder -> report
+
+Latency counts from the scheduled arrival (wrk2, MLPerf LoadGen's Server scenario), so that a stall of the gateway, of
+the network or of this generator is paid by everybody who was due meanwhile. What was due while the generator slept too
+long is sent at once, and noted as lag.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from loadtest.client import Client, Failed, connect
+from loadtest.errors import LoadtestError
+from loadtest.images import Images
+from loadtest.recorder import Recorder, Terms
+from loadtest.report import PolicyUsed, Report, Setup, summarise
+from loadtest.trace import Trace
+
+logger = logging.getLogger(__name__)
+
+_LEAD_S = 0.1  # before the first arrival, so that it is not late already
+_TICK_S = 0.25  # between two reports of progress
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A live run.
+
+    Attributes:
+        trace: warm-up included; trace_name: file or description.
+        seed: of the schedule and of the choice of images.
+    """
+
+    trace: Trace
+    trace_name: str
+    terms: Terms
+    seed: int
+
+
+async def measure(
+    url: str, plan: Plan, images: Callable[[tuple[str, ...]], Images], progress: Callable[[Recorder], None]
+) -> Report:
+    """Runs a plan against the gateway at `url`, and reports. The first Ctrl-C ends the sending, the second the waiting.
+
+    Arguments:
+        images: to be sent to a model with these class names.
+        progress: called now and then.
+
+    Raises:
+        LoadtestError: nobody serves there, or not what the trace asks for.
+    """
+    async with connect(url, plan.terms.timeout_s) as client:
+        target = client.target
+        recorder, interrupted, cpu_s = await offer(client, plan, images(target.labels), progress)
+    trace, outcomes, ladder, live = recorder.results(cpu_s, interrupted=interrupted)
+    setup = Setup(
+        kind="live",
+        policy=PolicyUsed(name=target.policy, source=target.policy_source),
+        bundle=f"{target.url} {target.model}",
+        manifest_sha256=None,
+        trace=plan.trace_name,
+        trace_sha256=plan.trace.sha256,
+        workers=None,
+        max_batch_size=None,
+        seed=plan.seed,
+    )
+    return summarise(trace, outcomes, ladder, setup, live)
+
+
+async def offer(
+    client: Client, plan: Plan, images: Images, progress: Callable[[Recorder], None] = lambda recorder: None
+) -> tuple[Recorder, bool, float]:
+    """Sends every request of the plan; what came of it, whether it was stopped by hand, and processor time in s."""
+    trace, target = plan.trace, client.target
+    if unknown := [name for name in trace.budgets if name not in target.deadline_s]:
+        raise LoadtestError(f"unknown budget {unknown[0]!r}; the gateway has {', '.join(target.deadline_s)}")
+    own_s = np.array([target.deadline_s[name] for name in trace.budgets])[trace.budget]
+    deadline_s = np.where(np.isnan(trace.deadline_s), own_s, trace.deadline_s)
+    chosen = images.choose(trace, plan.seed)
+    recorder = Recorder(trace, deadline_s, images.labels[chosen], plan.terms)
+    run = _Run(client, trace, images, chosen.tolist(), recorder)
+    before_s = time.process_time()
+    interrupted = await run.to_the_end(progress)
+    return recorder, interrupted, time.process_time() - before_s
+
+
+class _Run:
+    """One pass over a trace. Everything a request needs is made before the first is due."""
+
+    def __init__(self, client: Client, trace: Trace, images: Images, chosen: list[int], recorder: Recorder) -> None:
+        self._client, self._images, self._chosen, self._recorder = client, images, chosen, recorder
+        self._due_s: list[float] = trace.arrival_s.tolist()
+        wishes = list(zip(trace.budget.tolist(), (1000 * trace.deadline_s).tolist(), strict=True))
+        # NaN differs from itself; as None it is one key of the table.
+        asked = [(code, None if deadline_ms != deadline_ms else deadline_ms) for code, deadline_ms in wishes]
+        table = {wish: client.address(trace.budgets[wish[0]], wish[1]) for wish in set(asked)}
+        self._addresses = [table[wish] for wish in asked]
+        self._headers = [{"Content-Type": media_type} for media_type in images.media_types]
+        self._open: set[asyncio.Task[None]] = set()
+        self._start_s = 0.0
+
+    async def to_the_end(self, progress: Callable[[Recorder], None]) -> bool:
+        """True when it was stopped by hand."""
+        loop = asyncio.get_running_loop()
+        self._start_s = loop.time() + _LEAD_S
+        pacing = asyncio.create_task(self._pace())
+        reporting = asyncio.create_task(self._report(progress))
+
+        def stop() -> None:
+            for task in (pacing,) if not pacing.done() else tuple(self._open):
+                task.cancel()
+
+        try:
+            with _on_interrupt(stop):
+                await asyncio.wait((pacing,))
+                while self._open:
+                    await asyncio.wait(self._open)
+        finally:
+            for task in (pacing, reporting, *self._open):
+                task.cancel()
+            await asyncio.gather(reporting, *self._open, return_exceptions=True)
+        progress(self._recorder)
+        if not pacing.cancelled():
+            pacing.result()  # raises what the pacing raised
+        return pacing.cancelled()
+
+    async def _pace(self) -> None:
+        now = asyncio.get_running_loop().time
+        for index, due_s in enumerate(self._due_s):
+            # Also when late: 0 lets the tasks of those before run, so that catching up cannot starve them.
+            await asyncio.sleep(max(self._start_s + due_s - now(), 0))
+            task = asyncio.create_task(self._send(index))
+            self._open.add(task)
+            task.add_done_callback(self._open.discard)
+
+    async def _send(self, index: int) -> None:
+        now = asyncio.get_running_loop().time
+        recorder, image = self._recorder, self._chosen[index]
+        recorder.sent(index, now() - self._start_s)
+        try:
+            reply = await self._client.classify(
+                self._addresses[index], self._images.bodies[image], self._headers[image]
+            )
+        except asyncio.CancelledError:  # nobody waits any longer; it was sent, so it has an outcome
+            reply = Failed("given up")
+        recorder.ended(index, reply, now() - self._start_s)
+
+    async def _report(self, progress: Callable[[Recorder], None]) -> None:
+        while True:
+            progress(self._recorder)
+            await asyncio.sleep(_TICK_S)
+
+
+@contextmanager
+def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C calls `stop`, in the loop."""
+    loop = asyncio.get_running_loop()
+    try:
+        loop.add_signal_handler(signal.SIGINT, stop)
+    except (ValueError, RuntimeError):  # not the main thread: nobody can interrupt it
+        yield
+        return
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)

@@ -1,0 +1,128 @@
+"""`python -m loadtest run` against the gateway as users start it, with the commands of the README."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from loadtest.cli import INVALID, app
+from loadtest.report import Report
+
+ROOT = Path(__file__).parents[2]
+START_LIMIT_S = 60.0
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/readyz") as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, ConnectionError):
+        return False
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-m", "server", "--port", str(port), "--threads", "1"], cwd=ROOT)
+    try:
+        end_s = time.monotonic() + START_LIMIT_S
+        while not is_ready(f"http://127.0.0.1:{port}"):
+            assert process.poll() is None
+            assert time.monotonic() < end_s, "the gateway was not ready in time"
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def readme_commands(name: str) -> list[str]:
+    """What follows `python -m loadtest` in the README, for one command."""
+    (line,) = re.findall(rf"^\$ \.venv/bin/python -m loadtest ({name} .*)$", (ROOT / "README.md").read_text(), re.M)
+    return shlex.split(line)
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def replaced(command: list[str], **options: str | Path) -> list[str]:
+    """The command with other values for some of its options."""
+    found = command.copy()
+    for name, value in options.items():
+        found[found.index(f"--{name}") + 1] = str(value)
+    return found
+
+
+def test_run_when_called_as_in_the_readme_then_every_request_has_an_outcome_and_a_short_run_is_not_valid(
+    url: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "live.json"
+    command = replaced(readme_commands("run"), url=url, duration="1", json=out, rate="50")
+    result = invoke(*command, "--warmup", "0.5", "--seed", "4")
+    assert result.exit_code == INVALID, result.output
+    assert "NOT VALID" in result.output
+    report = Report.model_validate_json(out.read_text())
+    assert report.live is not None
+    assert report.setup.kind == "live"
+    assert report.setup.policy.name == "foresight"
+    assert report.live.failures == {}
+    # The rest of what was drawn for 1.5 s: 75 on average.
+    assert 25 < report.offered < 80
+    shares = (report.slo_attainment, report.missed_ratio, report.shed_ratio)
+    assert sum(share or 0.0 for share in shares) == pytest.approx(1.0)
+    # Whatever the load, the sample is an ankle boot to every operating point.
+    assert report.live.accuracy == 1.0
+    assert report.live.latency_from_send_s.p99 is not None
+
+
+def test_generate_and_simulate_when_called_as_in_the_readme_then_a_report_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    trace = tmp_path / "trace.csv"
+    generated = invoke(*replaced(readme_commands("generate"), duration="2", out=trace))
+    assert generated.exit_code == 0, generated.output
+    result = invoke(*replaced(readme_commands("simulate"), trace=trace))
+    assert result.exit_code == 0, result.output
+    assert "foresight" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--trace FILE or --arrivals KIND"),
+        (("--arrivals", "poisson"), "--arrivals needs --rate and --duration"),
+        (("--arrivals", "poisson", "--rate", "10", "--duration", "1"), "does not answer as a gateway"),
+        (("--arrivals", "poisson", "--rate", "0", "--duration", "1"), "--rate must be finite and above 0"),
+        (("--trace", "nowhere.csv"), "cannot read nowhere.csv"),
+    ],
+)
+def test_run_when_it_cannot_start_then_one_line_says_what_would_be_right(
+    options: tuple[str, ...], message: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    result = invoke("run", "--url", f"http://127.0.0.1:{port}", *options)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_run_when_the_gateway_lacks_a_budget_of_the_trace_then_it_is_named(url: str, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,budget\n0.0,gold\n")
+    result = invoke("run", "--url", url, "--trace", trace)
+    assert result.exit_code == 1
+    assert "unknown budget 'gold'; the gateway has" in result.output
