@@ -210,6 +210,8 @@ class TritonServer:
         """
         assert self._process is not None, "not started"
         self._process.send_signal(signal.SIGSTOP)
+        # Its threads stop one after the other. WNOWAIT leaves an end of the process for Popen to see.
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """Ends `pause`."""
