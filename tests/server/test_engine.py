@@ -16,6 +16,7 @@ from server.budgets import Budget
 from server.deadline_queue import Request
 from server.engine import Engine
 from server.errors import (
+    BackendUnavailable,
     DeadlineExceeded,
     GatewayError,
     InferenceFailed,
@@ -462,6 +463,81 @@ def test_close_when_a_batch_was_chosen_but_has_not_begun_then_its_images_are_ref
         await bench.engine.close()
         with pytest.raises(ShuttingDown):
             await task
+
+    run(scenario)
+
+
+def test_backend_when_it_has_no_worker_left_then_whoever_waits_and_comes_is_refused_until_it_has() -> None:
+    async def scenario(bench: Bench) -> None:
+        running = bench.send(0)
+        await until_queued()
+        waiting = bench.send(1)
+        await until_queued()
+        bench.backend.num_workers = 0
+        bench.engine.wake()
+        with pytest.raises(BackendUnavailable):
+            await waiting
+        with pytest.raises(BackendUnavailable):
+            await bench.send(2)
+        assert now_s() == 0
+        assert (await running).deadline_met
+        bench.backend.num_workers = 1
+        bench.engine.wake()
+        assert int((await bench.send(3)).logits.argmax()) == 3
+        assert bench.value("vmoe_failed_images_total", budget="auto", code="backend_unavailable") == 1
+        assert bench.value("vmoe_shed_images_total", budget="auto", reason="backend") == 1
+
+    run(scenario)
+
+
+def test_backend_when_it_fails_with_a_reason_then_clients_get_it_and_the_books_balance() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.backend.failure = DeadlineExceeded("the server did not answer in time")
+        with pytest.raises(DeadlineExceeded, match="the server did not answer"):
+            await bench.send(0)
+        bench.backend.failure = BackendUnavailable("the server is gone")
+        with pytest.raises(BackendUnavailable, match="the server is gone"):
+            await bench.send(0)
+        assert bench.value("vmoe_admitted_images_total", budget="auto") == 2
+        assert bench.value("vmoe_deadline_images_total", budget="auto", outcome="missed") == 1
+        assert bench.value("vmoe_failed_images_total", budget="auto", code="backend_unavailable") == 1
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("cancellable", [True, False])
+def test_cancel_when_all_clients_of_a_batch_have_gone_then_it_is_stopped_if_that_frees_the_worker(
+    cancellable: bool,
+) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.backend.cancellable = cancellable
+        pair = [bench.send(0), bench.send(1)]
+        await until_queued()
+        pair[0].cancel()
+        await until_queued()
+        assert len(bench.scheduler.running) == 1
+        pair[1].cancel()
+        await until_queued()
+        assert len(bench.scheduler.running) == (0 if cancellable else 1)
+        await bench.send(2)
+        # Two images take 0.15 s, which the third waits for unless they were stopped; alone it takes 0.1 s.
+        assert now_s() == pytest.approx(0.1 if cancellable else 0.25)
+
+    run(scenario)
+
+
+def test_cancel_when_the_batch_has_not_begun_then_its_worker_comes_back() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.backend.cancellable = True
+        task = bench.send(0)
+        await asyncio.sleep(0)  # the request is queued
+        await asyncio.sleep(0)  # the batch has a task
+        assert bench.scheduler.running
+        assert not bench.backend.batches
+        task.cancel()
+        await until_queued()
+        assert not bench.scheduler.running
+        await bench.send(1)
 
     run(scenario)
 

@@ -85,6 +85,7 @@ def test_server_when_imported_then_torch_is_not() -> None:
         (["--port", "eighty"], 2, "port"),
         (["--colour", "red"], 2, "--colour"),
         (["--max-images-per-request", "99", "--max-queue-images", "9"], 2, "max_queue_images"),
+        (["--triton-urls", "http://host:8000"], 2, "triton_urls must be host:port"),
         (["--model", "nothing"], 1, "is model_repository/nothing a bundle?"),
         (["--policy", "fxed"], 1, "'fxed' is neither a file nor a policy; policies are foresight, fixed,"),
         (["--policy", "tests/data/policy/bad.toml"], 1, "bad.toml, line 4: budgets.auto.deadline"),
@@ -109,3 +110,18 @@ def test_settings_when_set_twice_then_the_command_line_wins_over_the_environment
         [sys.executable, "-c", program], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
     )
     assert done.stdout.split() == ["1", "0.5", "0"]
+
+
+def test_backend_when_tritonclient_is_missing_then_the_extra_is_named() -> None:
+    program = (
+        "import sys; sys.modules['tritonclient'] = None; from server.cli import main; main(['--backend', 'triton'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'vmoe-serving[triton]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_server_when_the_engine_is_embedded_then_tritonclient_is_not_imported() -> None:
+    program = "import sys, server.cli; sys.exit(any(name in sys.modules for name in ('tritonclient', 'grpc')))"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

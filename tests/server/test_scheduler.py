@@ -8,6 +8,7 @@ from server.budgets import Budget
 from server.deadline_queue import Request
 from server.policies.base import Proposal, Stateless, View
 from server.policies.fixed import Fixed
+from server.policies.foresight import Foresight, ForesightConfig
 from server.scheduler import Limits, Refusal, Scheduler
 from tests.server.ladders import AUTO, FULL, MAX_BATCH, ladder, latency, request, scheduler
 
@@ -328,3 +329,40 @@ def test_age_when_requests_wait_then_it_is_that_of_the_oldest_alive() -> None:
     assert target.oldest_age_s(0.03) == pytest.approx(0.03)
     target.cancel(gone)
     assert target.oldest_age_s(0.03) == pytest.approx(0.01)
+
+
+def test_workers_when_one_is_taken_away_then_the_batch_that_ends_first_frees_nobody() -> None:
+    # One image takes 4 ms, 4.1 at the quantile: batches end at 4.1 and 7.1 ms; only the later end gives a worker.
+    two = scheduler(workers=2)
+    for start_s in (0.0, 0.003):
+        assert two.offer(request(start_s), start_s) is None
+        assert two.next_batch(start_s)[0] is not None
+    two.workers = 1
+    assert two.free_workers == 0
+    assert two.offer(request(0.003, deadline_s=0.011), 0.003) is not None  # 4.1 + 4.1 would do, 7.1 + 4.1 does not
+    assert two.offer(request(0.003, deadline_s=0.012), 0.003) is None
+    two.on_batch_done(two.running[0], 0.004)
+    assert two.next_batch(0.004) == (None, [])
+
+
+def test_workers_when_none_is_left_then_everybody_is_refused_with_the_reason() -> None:
+    none = scheduler()
+    assert none.offer(request(), 0.0) is None
+    none.workers = 0
+    refusal = none.offer(request(), 0.0)
+    assert refusal is not None
+    assert (refusal.reason, refusal.retry_after_s) == ("backend", 1.0)
+    assert none.next_batch(0.0) == (None, [])
+    assert len(none.clear()) == 1
+
+
+def test_floors_only_when_set_then_the_policy_is_not_asked_and_ranges_hold() -> None:
+    fallback = scheduler(Foresight(ForesightConfig()))
+    fallback.floors_only = True
+    requests = [request(), request(floor=2), request(floor=FULL)]
+    for each in requests:
+        assert fallback.offer(each, 0.0) is None
+    batch, _ = fallback.next_batch(0.0)
+    assert batch is not None
+    assert batch.rungs == [0, 2, FULL]
+    assert batch.reasons == ["fallback", "fallback", "ceiling"]
