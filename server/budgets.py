@@ -68,11 +68,6 @@ def default_deadline_s(manifest: Manifest) -> float:
     return max(_LEAST_S, _round_up(_BATCHES * batch.median_s))
 
 
-def fixed_rung(budget: Budget) -> int:
-    """Where a policy that ignores the load serves a budget."""
-    return budget.ceiling
-
-
 def _round_up(seconds: float) -> float:
     """To the next of 1, 2, 5, 10, ... milliseconds and their powers of ten."""
     decade = 10.0 ** math.floor(math.log10(seconds))

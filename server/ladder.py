@@ -90,9 +90,3 @@ class Ladder:
         """
         wanted = sum(slots)
         return next((index for index, rung in enumerate(self.rungs) if rung.num_slots >= wanted), self.full)
-
-    def cheapest_with_accuracy(self, accuracy: float) -> int | None:
-        """The first rung of the frontier that was measured to be at least this accurate."""
-        return next(
-            (i for i in self.frontier if (found := self.rungs[i].accuracy) is not None and found >= accuracy), None
-        )

@@ -13,8 +13,8 @@ non-decreasing in p, so that lowering or removing an image never makes the predi
 
 **Correction.** r = ln(measured / predicted median) of a batch moves a scale common to all cells (the machine is slower,
 or has a noisy neighbour) by a Huber step and, more slowly, the cells of the batch's rungs at the profiled sizes around
-n. A clipped step makes one outlier worth at most `SCALE_STEP * CLIP`; a machine at half speed is followed within about
-ten batches. The q-quantile is the median times exp(z * sigma[n]): sigma comes from the profile's p99, and z follows the
+n. A clipped step makes one outlier worth at most `SCALE_STEP * CLIP`; a machine at half speed is followed within
+20 batches. The q-quantile is the median times exp(z * sigma[n]): sigma comes from the profile's p99, and z follows the
 residuals r / sigma by quantile tracking (z += step * (q - [r / sigma <= z]); Robbins and Monro 1951).
 """
 
@@ -29,8 +29,8 @@ import numpy.typing as npt
 
 from exporter.bundle import Point
 
-# Chosen by simulation of a machine that halves its speed and of one stall of 10x: followed in about ten batches, and
-# forgotten in about ten.
+# Chosen by what tests/server/test_latency_model.py asks for: half the speed is followed within 20 batches, a recovery
+# within 40, and one stall of 50x moves predictions by less than 7 %.
 CLIP = 0.25
 SCALE_STEP = 0.2
 CELL_STEP = 0.05

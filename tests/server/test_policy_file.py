@@ -126,11 +126,6 @@ def test_ladder_when_a_point_is_off_it_then_it_is_charged_as_the_next_costlier(m
     assert [ladder.charge((slots,)) for slots in (1, 2, 3, 4)] == [0, 1, 3, 3]
 
 
-def test_ladder_when_accuracy_is_asked_then_the_cheapest_point_that_has_it_is_found(manifest: Manifest) -> None:
-    ladder = Ladder.of(manifest)  # 0.80, 0.79 dominated, 0.85, 0.90
-    assert [ladder.cheapest_with_accuracy(accuracy) for accuracy in (0.5, 0.81, 0.9, 0.91)] == [0, 2, 3, None]
-
-
 def test_ladder_when_accuracies_are_unknown_then_values_still_ascend(manifest: Manifest) -> None:
     points = tuple(point.model_copy(update={"accuracy": None}) for point in manifest.points)
     ladder = Ladder.of(manifest.model_copy(update={"points": points}))
