@@ -163,13 +163,16 @@ class Engine:
                 if alarm is not None:
                     alarm.cancel()
             self._wake.clear()
-            try:
-                self._decide()
-            except Exception:  # the loop must survive whatever a policy does; its queue might make it fail for ever
-                logger.exception("the decision failed, %d images with it", len(queue))
-                self._fail(self._scheduler.clear(), InferenceFailed, "the scheduler failed")
+            self._decide()
 
     def _decide(self) -> None:
+        try:
+            self._start_batches()
+        except Exception:  # others must survive whatever a policy does; its queue might make it fail for ever
+            logger.exception("the decision failed, %d images with it", len(self._scheduler.queue))
+            self._fail(self._scheduler.clear(), InferenceFailed, "the scheduler failed")
+
+    def _start_batches(self) -> None:
         self._ask_backend()
         if not self._scheduler.workers:
             # Whoever waits could only be late; told now, a client has time to ask another gateway.
@@ -205,19 +208,23 @@ class Engine:
                 for request, rung in zip(batch.requests, batch.rungs, strict=True)
             ]
             outputs = await self._backend.infer(self._join(batch, rungs))
-            done_s = now()
+            done_s, failed = now(), False
+            # The next batch first: writing the answers of this one takes the loop milliseconds, in which the backend
+            # can work.
+            self._scheduler.on_batch_done(batch, done_s)
+            self._decide()
             self._metrics.batch_done(batch, outputs, done_s - batch.started_s)
             for row, rung in enumerate(rungs):
                 self._answer(batch, rung, outputs, row, done_s)
-            failed = False
         except GatewayError as error:  # the backend knows why and has logged it
             self._fail(batch.requests, type(error), str(error))
         except Exception:  # other batches must survive whatever a runtime throws
             logger.exception("a batch of %d images failed", len(batch.requests))
             self._fail(batch.requests, InferenceFailed, "the model failed on this batch")
         finally:
-            self._scheduler.on_batch_done(batch, now(), failed=failed)
-            self._wake.set()
+            if failed:
+                self._scheduler.on_batch_done(batch, now(), failed=True)
+                self._wake.set()
 
     def _answer(self, batch: Batch, rung: Rung, outputs: base.Outputs, row: int, done_s: float) -> None:
         request = batch.requests[row]
