@@ -168,6 +168,18 @@ def test_engine_when_two_workers_are_free_then_two_batches_run_at_once() -> None
     run(scenario, workers=2)
 
 
+def test_engine_when_a_batch_is_done_then_the_backend_has_the_next_before_anybody_hears_of_it() -> None:
+    async def scenario(bench: Bench) -> None:
+        begun: list[int] = []
+        first = bench.send(0)
+        first.add_done_callback(lambda _: begun.append(len(bench.backend.batches)))
+        await until_queued()
+        await asyncio.gather(first, bench.send(1))
+        assert begun == [2]
+
+    run(scenario)
+
+
 def test_engine_when_nothing_waits_then_an_image_starts_at_once() -> None:
     async def scenario(bench: Bench) -> None:
         await asyncio.sleep(5)
