@@ -10,6 +10,7 @@ from typing import Final
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp
 
 from exporter.bundle import Bundle
 from server.admin import build_admin_router
@@ -19,8 +20,9 @@ from server.gateway import Gateway
 from server.graceful_server import GracefulServer
 from server.metrics import Metrics
 from server.request_context import RequestContext
-from server.routes import build_router
+from server.routes import build_classify, build_router
 from server.settings import Settings
+from server.short_cut import ShortCut
 from server.upload import UploadLimits
 
 # Once everything is answered, time for the last bytes to leave. Chosen, not tuned.
@@ -41,6 +43,7 @@ def create_server(settings: Settings, bundle: Bundle, backend: Backend, registry
         port=settings.port,
         log_config=None,
         access_log=False,  # counting is the metrics' job
+        proxy_headers=False,  # nothing depends on who is behind a proxy
         server_header=False,
         ws="none",
         timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
@@ -48,7 +51,7 @@ def create_server(settings: Settings, bundle: Bundle, backend: Backend, registry
     return GracefulServer(config, gateway, settings.shutdown_delay_s, settings.drain_timeout_s)
 
 
-def _create_app(settings: Settings, gateway: Gateway, metrics: Metrics, registry: CollectorRegistry) -> FastAPI:
+def _create_app(settings: Settings, gateway: Gateway, metrics: Metrics, registry: CollectorRegistry) -> ASGIApp:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         warm_up = asyncio.create_task(gateway.start(), name="warm-up")
@@ -65,10 +68,10 @@ def _create_app(settings: Settings, gateway: Gateway, metrics: Metrics, registry
         version=gateway.bundle.manifest.version,
         lifespan=lifespan,
     )
-    app.add_middleware(RequestContext, metrics=metrics)
     install_error_handlers(app)
     limits = UploadLimits(settings.max_image_bytes, settings.max_body_bytes, settings.max_images_per_request)
-    app.include_router(build_router(gateway, limits, settings.request_timeout_s, registry))
+    classify = build_classify(gateway, limits, settings.request_timeout_s)
+    app.include_router(build_router(gateway, classify, registry))
     if settings.admin_key.get_secret_value():
         app.include_router(build_admin_router(gateway, settings.admin_key))
-    return app
+    return RequestContext(ShortCut(app, classify), metrics)

@@ -5,7 +5,7 @@ What nobody expected is caught in `request_context`, and says nothing about itse
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -23,13 +23,14 @@ from server.request_context import request_id_of
 
 def install_error_handlers(app: FastAPI) -> None:
     for kind in (GatewayError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _handle)
+        app.add_exception_handler(kind, handle)
 
 
-async def _handle(request: Request, error: Exception) -> Response:
+async def handle(request: Request, error: Exception) -> Response:
+    """The answer to one of the errors below."""
     request_id = request_id_of(request.scope)
     if isinstance(error, RequestValidationError):
-        error = InvalidParameter("; ".join(_explain(item) for item in error.errors()))
+        error = invalid_parameters(error.errors())
     if isinstance(error, GatewayError):
         return respond(describe_error(error, request_id), _headers(error))
     assert isinstance(error, HTTPException), "registered for these three only"
@@ -37,6 +38,11 @@ async def _handle(request: Request, error: Exception) -> Response:
     detail = f"{request.method} {request.url.path}: {error.detail}"
     problem = build_problem(status, status.name.lower(), status.phrase, detail, request_id)
     return respond(problem, error.headers)
+
+
+def invalid_parameters(findings: Sequence[Mapping[str, Any]]) -> InvalidParameter:
+    """From what pydantic found, each with the name of the parameter at the end of `loc`."""
+    return InvalidParameter("; ".join(_explain(item) for item in findings))
 
 
 def _headers(error: GatewayError) -> dict[str, str]:
@@ -47,7 +53,7 @@ def _headers(error: GatewayError) -> dict[str, str]:
 
 def _explain(item: Mapping[str, Any]) -> str:
     """One finding of pydantic in words: the parameter, what is wrong with it, and the value seen."""
-    name = ".".join(str(part) for part in item["loc"][1:])
+    name = str(item["loc"][-1])
     if item["type"] == "extra_forbidden":
         return f"unknown parameter {name[:40]!r}; allowed are {', '.join(ClassifyQuery.model_fields)}"
     return f"{name}: {item['msg']}, got {str(item['input'])[:40]!r}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query
@@ -63,20 +63,13 @@ _CLASSIFY_ERRORS = (
 )
 
 
-def build_router(
-    gateway: Gateway, limits: UploadLimits, request_timeout_s: float, registry: CollectorRegistry
-) -> APIRouter:
-    """Routes that serve `gateway`."""
-    router = APIRouter()
+ClassifyEndpoint = Callable[[Request, ClassifyQuery], Awaitable[Response]]
+
+
+def build_classify(gateway: Gateway, limits: UploadLimits, request_timeout_s: float) -> ClassifyEndpoint:
+    """The endpoint of `CLASSIFY_PATH`; raises `GatewayError`."""
     manifest = gateway.bundle.manifest
 
-    @router.post(
-        CLASSIFY_PATH,
-        response_model=Classification | Classifications,
-        openapi_extra=_REQUEST_BODY,
-        responses=problem_responses(*_CLASSIFY_ERRORS),
-        summary="Classify one or several images",
-    )
     async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -> Response:
         """Send a file as the body, with its media type, or one or several in the multipart field `image`.
 
@@ -118,6 +111,20 @@ def build_router(
             [result for result in results if isinstance(result, Result)],
         )
 
+    return classify
+
+
+def build_router(gateway: Gateway, classify: ClassifyEndpoint, registry: CollectorRegistry) -> APIRouter:
+    """Routes that serve `gateway`."""
+    router = APIRouter()
+    router.post(
+        CLASSIFY_PATH,
+        response_model=Classification | Classifications,
+        openapi_extra=_REQUEST_BODY,
+        responses=problem_responses(*_CLASSIFY_ERRORS),
+        summary="Classify one or several images",
+    )(classify)
+
     @router.get("/healthz", summary="The process lives")
     async def healthz() -> Health:
         return Health(status="ok")
@@ -133,7 +140,7 @@ def build_router(
 
     @router.get("/v1/models", summary="The model, its operating points and budgets")
     async def models() -> Models:
-        return Models(models=[describe_model(manifest, gateway.policy, gateway.ladder)])
+        return Models(models=[describe_model(gateway.bundle.manifest, gateway.policy, gateway.ladder)])
 
     @router.get("/v1/policy", summary="The policy in force, its budgets, and the state of the queue")
     async def policy() -> PolicyBody:
@@ -157,17 +164,27 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _
 
     The body must have been read: after it the server has nothing to say but that the client disconnected.
     """
-    task = asyncio.create_task(work)
+    mine = asyncio.current_task()
+    assert mine is not None, "a coroutine runs in a task"
+    working, left = True, False
+
+    def leave(gone: asyncio.Task[None]) -> None:
+        nonlocal left
+        if working and not gone.cancelled():
+            left = True
+            mine.cancel()
+
     gone = asyncio.create_task(_disconnected(request))
+    gone.add_done_callback(leave)
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise errors.ClientGone("the client closed the connection before the answer")
+        return await work
+    except asyncio.CancelledError:
+        if left and not mine.uncancel():  # by us, and by nobody else as well
+            raise errors.ClientGone("the client closed the connection before the answer") from None
+        raise
     finally:
-        task.cancel()
+        working = False
         gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

@@ -99,14 +99,16 @@ def draw(name: str, capacity_hz: float, duration_s: float, seed: int) -> Trace:
 
 
 @contextmanager
-def gateway(policy: Path) -> Iterator[str]:
-    """The URL of `python -m server`, ready."""
+def gateway(policy: Path, *module: str) -> Iterator[tuple[str, int]]:
+    """URL and process id of `python -m server`, or of another module that takes its options, ready."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     arguments = ("--port", str(port), "--threads", "1", "--policy", str(policy), "--log-level", "warning")
     # Set before Python starts: a thread keeps the affinity that it was started with.
     cores = ",".join(map(str, CORES[:-1]))
-    process = subprocess.Popen(["taskset", "--cpu-list", cores, sys.executable, "-m", "server", *arguments])
+    process = subprocess.Popen(
+        ["taskset", "--cpu-list", cores, sys.executable, "-m", *(module or ("server",)), *arguments]
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         deadline_s = time.monotonic() + 60
@@ -114,18 +116,18 @@ def gateway(policy: Path) -> Iterator[str]:
             if process.poll() is not None or time.monotonic() > deadline_s:
                 raise SystemExit("the gateway did not get ready")
             time.sleep(0.1)
-        yield url
+        yield url, process.pid  # taskset has become the server
     finally:
         process.terminate()
         process.wait(timeout=60)
 
 
-async def saturate(url: str, images: Images) -> float:
-    """Answers per second to `USERS` who each send the next image when they have the last answer."""
-    answers = 0
+async def saturate(url: str, images: Images) -> tuple[float, int]:
+    """Answers per second to `USERS` who each send the next image when they have the last answer; and all answers."""
+    answers = total = 0
 
     async def user(client: Client, number: int, end_s: float) -> None:
-        nonlocal answers
+        nonlocal answers, total
         address = client.address("auto", 1000 * TIMEOUT_S)
         for place in itertools.count(number, USERS):
             if time.monotonic() >= end_s:
@@ -134,22 +136,23 @@ async def saturate(url: str, images: Images) -> float:
             headers = {"Content-Type": images.media_types[image]}
             reply = await client.classify(address, images.bodies[image], headers)
             answers += isinstance(reply, Answered)  # after the wait: others count too
+            total += isinstance(reply, Answered)
 
     async with connect(url, TIMEOUT_S) as client:
         for seconds in (1.0, CALIBRATION_S):  # the first is warm-up
             answers, start_s = 0, time.monotonic()
             await asyncio.gather(*(user(client, number, start_s + seconds) for number in range(USERS)))
             rate_hz = answers / (time.monotonic() - start_s)
-    return rate_hz
+    return rate_hz, total
 
 
 def calibrate(files: Mapping[str, Path], images: Images) -> dict[str, float]:
     """Images per second at the full and at the cheapest point: medians of turns, for the load of others changes."""
     found: dict[str, list[float]] = {"fixed full": [], "fixed cheapest": []}
-    with gateway(files["fixed full"]) as full, gateway(files["fixed cheapest"]) as cheapest:
+    with gateway(files["fixed full"]) as (full, _), gateway(files["fixed cheapest"]) as (cheapest, _):
         for _ in range(CALIBRATION_ROUNDS):
             for name, url in (("fixed full", full), ("fixed cheapest", cheapest)):
-                found[name].append(asyncio.run(saturate(url, images)))
+                found[name].append(asyncio.run(saturate(url, images))[0])
     return {name: float(np.median(rates_hz)) for name, rates_hz in found.items()}
 
 
@@ -297,7 +300,7 @@ def main(
                 for trace_name, name in itertools.product(TRACES, order):
                     progress.update(bar, now=f"{trace_name}, {name}")
                     trace = draw(trace_name, capacity_hz, WARMUP_S + duration_s, seed)
-                    with gateway(files[name]) as url:
+                    with gateway(files[name]) as (url, _):
                         results.append(result(run_live(url, trace, seed, images), trace_name, seed, name))
                     simulated = run_simulated(subject, actives[name], trace, seed, slowdown)
                     results.append(result(simulated, trace_name, seed, name))

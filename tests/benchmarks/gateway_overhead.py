@@ -1,0 +1,76 @@
+"""What the gateway's short cut past its web framework saves: `python -m tests.benchmarks.gateway_overhead`.
+
+Two gateways that differ in this alone answer a closed loop of users in turns, at the cheapest point of the shipped
+bundle; each has all cores but the last, the users the last one. Prints images per second and the gateway's processor
+time per request, medians over the turns, and their ratios.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import server.app
+from loadtest.images import SAMPLE, Images, load_images
+from loadtest.subject import Subject
+from server.cli import main as serve
+from tests.benchmarks.live_policies import BUNDLE, CORES, POLICIES, gateway, saturate
+from vmoe.data import FASHION_MNIST_DIRECTORY
+
+WAYS = ("short cut", "framework")
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+def turn(pid: int, url: str, images: Images) -> tuple[float, float]:
+    """Images per second, and processor seconds of process `pid` per image."""
+    before_s = _cpu_s(pid)
+    rate_hz, answers = asyncio.run(saturate(url, images))
+    return rate_hz, (_cpu_s(pid) - before_s) / answers
+
+
+def main(turns: Annotated[int, typer.Option(min=1)] = 5) -> None:
+    """Measures both ways in one run."""
+    os.sched_setaffinity(0, CORES[-1:])
+    labels = Subject.load(BUNDLE).manifest.labels
+    images = load_images(FASHION_MNIST_DIRECTORY if FASHION_MNIST_DIRECTORY.is_dir() else SAMPLE, labels)
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        policy = Path(folder) / "policy.toml"
+        policy.write_text(POLICIES["fixed cheapest"])
+        modules = {"short cut": ("server",), "framework": ("tests.benchmarks.gateway_overhead", "framework")}
+        running = {way: stack.enter_context(gateway(policy, *modules[way])) for way in WAYS}
+        for _ in track(range(turns), "measuring"):
+            for way, (url, pid) in running.items():
+                found[way].append(turn(pid, url, images))
+    table = Table("way", "images/s", "us of processor per image")
+    medians = {way: np.median(values, axis=0) for way, values in found.items()}
+    for way, (rate_hz, cpu_s) in medians.items():
+        table.add_row(way, f"{rate_hz:.0f}", f"{1e6 * cpu_s:.0f}")
+    ratio = medians["short cut"] / medians["framework"]
+    table.add_row("ratio", f"{ratio[0]:.2f}", f"{ratio[1]:.2f}")
+    Console().print(table)
+
+
+def _cpu_s(pid: int) -> float:
+    """User and system time so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["framework"]:
+        server.app.ShortCut = lambda app, classify: app  # type: ignore[misc,assignment]
+        serve(sys.argv[2:])
+    else:
+        typer.run(main)
