@@ -81,7 +81,7 @@ def build_classify(
         in its place. `budget` says between which operating points an image may be served, and how soon (see
         `/v1/policy`); `capacity_factor` with `num_selected_experts` sets one point by hand. The deadline runs from the
         end of the upload. An image that cannot meet it is refused at once, with `Retry-After`; one that turns out late
-        is answered all the same, with `deadline_met` false.
+        by up to 50 ms is answered all the same, with `deadline_met` false, and one that would be later gets 504.
         """
         loop = asyncio.get_running_loop()
         arrival_s = loop.time()
