@@ -110,6 +110,7 @@ def describe_policy(policy: ActivePolicy, scheduler: Scheduler, now: float) -> P
         quantile=policy.config.quantile,
         source=policy.source,
         budgets=_budgets(policy, scheduler.ladder),
+        provenance=policy.config.provenance,
         state=QueueState(
             waiting_images=len(queue),
             waiting_bytes=queue.size_bytes,
