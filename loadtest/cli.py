@@ -17,7 +17,7 @@ from loadtest.errors import LoadtestError, TraceError
 from loadtest.oracle import oracle
 from loadtest.progress import LiveProgress
 from loadtest.report import PolicyUsed, Report, Setup, oracle_report, summarise
-from loadtest.schedule import Kind, draw
+from loadtest.schedule import Kind, Mix, draw
 from loadtest.simulator import Machine, simulate
 from loadtest.subject import Subject
 from loadtest.tables import print_report
@@ -25,6 +25,19 @@ from loadtest.trace import read_trace, write_trace
 
 ORACLE = "oracle"
 INVALID = 3  # exit code
+
+# Options of several commands.
+Cv = Annotated[float, typer.Option(help="gamma: coefficient of variation of the gaps.")]
+Factor = Annotated[
+    float | None,
+    typer.Option(help="on-off, spike: height of a burst; ramp, step: last rate over first. Default: 5, 10, 10, 4."),
+]
+Steps = Annotated[int, typer.Option(min=2, help="step: rates of equal length.")]
+Budget = Annotated[list[str] | None, typer.Option(help="NAME=SHARE; repeat for a mix. Default: all of budget auto.")]
+DeadlineMs = Annotated[
+    list[str] | None,
+    typer.Option(help="MILLISECONDS or MILLISECONDS=SHARE, repeated for a mix. Default: the budget's."),
+]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure what a bundle and a policy can hold.")
 
@@ -99,12 +112,11 @@ def run(
     duration_s: Annotated[float | None, typer.Option("--duration", help="Seconds, after the warm-up.")] = None,
     trace: Annotated[Path | None, typer.Option(help="CSV as for `simulate`, instead of --arrivals.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the schedule and of the choice of images.")] = 0,
-    cv: Annotated[float, typer.Option(help="gamma: coefficient of variation of the gaps.")] = 4.0,
-    factor: Annotated[float | None, typer.Option(help="on-off, spike: height of a burst. Default: 5, 10.")] = None,
-    budget: Annotated[
-        list[str] | None, typer.Option(help="NAME=SHARE; repeat for a mix. Default: all of budget auto.")
-    ] = None,
-    deadline_ms: Annotated[float | None, typer.Option(help="Default: the budget's.")] = None,
+    cv: Cv = 4.0,
+    factor: Factor = None,
+    steps: Steps = 2,
+    budget: Budget = None,
+    deadline_ms: DeadlineMs = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder (CLASS/FILE), IDX data set or one file. Default: the sample.")
     ] = None,
@@ -137,16 +149,8 @@ def run(
                 raise LoadtestError("--arrivals needs --rate and --duration")
             name = f"{arrivals}, {rate_hz:g}/s, {duration_s:g} s, seed {seed}"
             total_s = warmup_s + duration_s
-            schedule = draw(
-                arrivals,
-                rate_hz,
-                total_s,
-                seed=seed,
-                cv=cv,
-                factor=factor,
-                budget=budget or (),
-                deadline_ms=deadline_ms,
-            )
+            mix = Mix.parse(budget or (), deadline_ms or ())
+            schedule = draw(arrivals, rate_hz, total_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
         plan = Plan(schedule, name, Terms(warmup_s, timeout_s, grace_ms / 1000), seed)
         with LiveProgress(len(schedule), Console(stderr=True)) as progress:
             report = asyncio.run(
@@ -166,18 +170,16 @@ def generate(
     duration_s: Annotated[float, typer.Option("--duration", help="Seconds.")],
     out: Annotated[Path, typer.Option(help="CSV to write.")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    cv: Annotated[float, typer.Option(help="gamma: coefficient of variation of the gaps.")] = 4.0,
-    factor: Annotated[float | None, typer.Option(help="on-off, spike: height of a burst. Default: 5, 10.")] = None,
-    budget: Annotated[
-        list[str] | None, typer.Option(help="NAME=SHARE; repeat for a mix. Default: all of budget auto.")
-    ] = None,
-    deadline_ms: Annotated[float | None, typer.Option(help="Default: the budget's.")] = None,
+    cv: Cv = 4.0,
+    factor: Factor = None,
+    steps: Steps = 2,
+    budget: Budget = None,
+    deadline_ms: DeadlineMs = None,
 ) -> None:
     """Draws a trace; the same seed gives the same file."""
     with _clear_errors():
-        trace = draw(
-            kind, rate_hz, duration_s, seed=seed, cv=cv, factor=factor, budget=budget or (), deadline_ms=deadline_ms
-        )
+        mix = Mix.parse(budget or (), deadline_ms or ())
+        trace = draw(kind, rate_hz, duration_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
         try:
             write_trace(out, trace)
         except OSError as error:

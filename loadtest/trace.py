@@ -58,6 +58,8 @@ class Trace:
         budget: npt.ArrayLike | None = None,
         budgets: Sequence[str] = (DEFAULT_BUDGET,),
         deadline_s: npt.ArrayLike | None = None,
+        image: npt.ArrayLike | None = None,
+        images: Sequence[str] = (),
     ) -> Trace:
         """From arrivals; one budget, its own deadline and any image unless told otherwise."""
         arrivals = np.asarray(arrival_s, np.float64)
@@ -69,7 +71,8 @@ class Trace:
             np.zeros(size, np.int32) if budget is None else np.asarray(budget, np.int32),
             tuple(budgets),
             np.full(size, np.nan) if deadline_s is None else np.asarray(deadline_s, np.float64),
-            np.full(size, -1, np.int32),
+            np.full(size, -1, np.int32) if image is None else np.asarray(image, np.int32),
+            tuple(images),
         )
 
     def __len__(self) -> int:

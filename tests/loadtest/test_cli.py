@@ -112,7 +112,7 @@ def test_simulate_when_asked_for_the_impossible_then_one_line_says_what_would_be
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("kind", ["constant", "poisson", "gamma", "on-off", "diurnal", "spike"])
+@pytest.mark.parametrize("kind", ["constant", "poisson", "gamma", "on-off", "diurnal", "spike", "ramp", "step"])
 def test_generate_when_repeated_with_the_same_seed_then_the_file_is_the_same(kind: str, tmp_path: Path) -> None:
     texts = []
     for number in range(2):
@@ -133,6 +133,8 @@ def test_generate_when_repeated_with_the_same_seed_then_the_file_is_the_same(kin
         (("--rate", "0"), "--rate must be finite and above 0, got 0"),
         (("--budget", "low=much"), "NAME=SHARE with a number above 0, got 'low=much'"),
         (("--budget", "low=-1"), "NAME=SHARE with a number above 0, got 'low=-1'"),
+        (("--deadline-ms", "soon"), "--deadline-ms must be finite and above 0, got soon"),
+        (("--deadline-ms", "50=most"), "MILLISECONDS=SHARE with a number above 0, got '50=most'"),
     ],
 )
 def test_generate_when_options_make_no_trace_then_the_error_says_why(
