@@ -67,7 +67,7 @@ def build_admin_router(gateway: Gateway, key: SecretStr) -> APIRouter:
         try:
             text = body.decode()
         except UnicodeDecodeError as error:
-            raise InvalidPolicy(f"the body must be UTF-8, byte {error.start} is not; the policy in force stays") from error
+            raise InvalidPolicy(f"the body must be UTF-8, byte {error.start} is not; nothing changes") from error
         return await put_in_force(gateway.put_policy(text))
 
     @router.delete(
