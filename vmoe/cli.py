@@ -1,33 +1,33 @@
-"""Command line of the vmoe package: train and evaluate."""
+"""Command line of the vmoe package: train, evaluate and transfer."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vmoe import fewshot_cli, upcycle_cli
 from vmoe.checkpoint import check_parameters, load_checkpoint
+from vmoe.class_subset import choose_classes, match_classes
 from vmoe.config import VARIANTS, ModelConfig, load_config
-from vmoe.data import FASHION_MNIST_DIRECTORY, FASHION_MNIST_MEAN, FASHION_MNIST_STD, check_classes, load_images
+from vmoe.data import FASHION_MNIST_DIRECTORY, FASHION_MNIST_MEAN, FASHION_MNIST_STD, load_images
 from vmoe.evaluate import evaluate as evaluate_points
 from vmoe.model import VisionTransformer
 from vmoe.operating_point import OperatingPoint, parse_point
 from vmoe.preprocess import Preprocessing
+from vmoe.terminal import choose_autocast, choose_device, clear_errors, console, count_progress
 from vmoe.train import TrainConfig, Trainer
 from vmoe.train import train as run_training
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train and evaluate V-MoE models.")
-console = Console()
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train, evaluate and transfer V-MoE models.")
+app.command("fewshot")(fewshot_cli.fewshot)
+app.command("upcycle")(upcycle_cli.upcycle)
 DEFAULTS = TrainConfig()
 
 # The ladder that evaluation prints when none is given: from the cheapest useful point to beyond full capacity.
@@ -36,24 +36,15 @@ EVALUATION_POINTS = tuple(
 )
 
 
-def main_progress() -> Progress:
-    """Bar with counts, remaining time and a free text field `status`."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=console,
-    )
-
-
 @app.command()
 def train(
     output: Annotated[Path, typer.Option(help="Directory of the run: checkpoint and log.jsonl.")],
     data: Annotated[Path, typer.Option(help="IDX directory or image folder.")] = FASHION_MNIST_DIRECTORY,
     variant: Annotated[str, typer.Option(help=f"Named configuration: {', '.join(VARIANTS)}.")] = "vmoe_fashion_mnist",
     config: Annotated[Path | None, typer.Option(help="Model configuration (JSON) instead of a variant.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Only these classes of the data, such as 0-4 or 0,2,5-7; the head fits them.")
+    ] = None,
     epochs: int = DEFAULTS.epochs,
     batch_size: int = DEFAULTS.batch_size,
     learning_rate: float = DEFAULTS.learning_rate,
@@ -81,17 +72,22 @@ def train(
 ) -> None:
     """Trains a model; the averaged weights of the run end up in OUTPUT/checkpoint."""
     logging.basicConfig(level=logging.INFO)
-    with _clear_errors():
+    with clear_errors():
         if config is None and variant not in VARIANTS:
             raise typer.BadParameter(f"unknown variant {variant!r}; known are {', '.join(VARIANTS)}")
         settings = TrainConfig(
             epochs, batch_size, learning_rate, warmup_steps, weight_decay, label_smoothing, mixup, average_decay, flip,
-            shift, scale, erase, adaptive, adaptive_min_capacity_factor, _autocast(autocast, device), clip_norm, seed,
+            shift, scale, erase, adaptive, adaptive_min_capacity_factor, choose_autocast(autocast, device), clip_norm,
+            seed,
         )  # fmt: skip
         model_config = VARIANTS[variant] if config is None else load_config(config)
         preprocessing = default_preprocessing(model_config)
-        images, held_out = (load_images(data, preprocessing, train=part) for part in (True, False))
-        trainer = Trainer(model_config, settings, images, preprocessing, torch.device(_device(device)))
+        images, held_out = (
+            choose_classes(load_images(data, preprocessing, train=part), classes) for part in (True, False)
+        )
+        if classes is not None:
+            model_config = replace(model_config, num_classes=len(images.labels))
+        trainer = Trainer(model_config, settings, images, preprocessing, torch.device(choose_device(device)))
         checkpoint = output / "checkpoint"
         if resume and checkpoint.exists():
             trainer.resume(checkpoint, load_checkpoint(checkpoint).state)
@@ -108,7 +104,7 @@ def train(
             found = evaluate_points(model, held_out, preprocessing, points, limit=2000)
             return {f"accuracy_{result.point}": result.accuracy for result in found}
 
-        with main_progress() as bar:
+        with count_progress() as bar:
             task = bar.add_task("train", total=trainer.num_steps, completed=trainer.step, status="")
 
             def report(step: int, values: dict[str, float]) -> None:
@@ -130,16 +126,15 @@ def evaluate(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
     """Prints top-1 accuracy and the share of assignments kept, per operating point."""
-    with _clear_errors():
+    with clear_errors():
         loaded = load_checkpoint(checkpoint)
-        images = load_images(data, loaded.preprocessing, train=False)
-        check_classes(images, loaded.labels)
+        images = match_classes(load_images(data, loaded.preprocessing, train=False), loaded.labels)
         points: list[OperatingPoint | None] = [None]
         if loaded.config.moe is not None:
             points = [parse_point(text) for text in point] if point else list(EVALUATION_POINTS)
-        model = loaded.model().to(_device(device))
+        model = loaded.model().to(choose_device(device))
         total = (len(images) if limit is None else min(limit, len(images))) * len(points)
-        with main_progress() as bar:
+        with count_progress() as bar:
             task = bar.add_task("evaluate", total=total, status="")
             results = evaluate_points(
                 model, images, loaded.preprocessing, points, limit=limit, advance=lambda n: bar.advance(task, n)
@@ -163,28 +158,3 @@ def default_preprocessing(config: ModelConfig) -> Preprocessing:
     if config.channels == 1:
         return Preprocessing(config.image_size, 1, FASHION_MNIST_MEAN, FASHION_MNIST_STD)
     return Preprocessing(config.image_size, 3, (0.5,) * 3, (0.5,) * 3)
-
-
-def _autocast(name: str, device: str) -> str:
-    """bfloat16 on GPUs and on CPUs that multiply it in hardware; elsewhere it is emulated and much slower."""
-    if name != "auto":
-        return name
-    capabilities = torch.cpu.get_capabilities()
-    fast = _device(device) != "cpu" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return "bfloat16" if fast else "none"
-
-
-def _device(name: str) -> str:
-    if name not in ("auto", "cpu") and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise typer.BadParameter(f"device must be auto, cpu, or cuda on a machine with a GPU, got {name!r}")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-@contextlib.contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Bad input and a diverged run end with one line and exit code 1, not with a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, FloatingPointError) as error:  # CheckpointError, ConfigError, DataError: ValueErrors
-        typer.echo(f"error: {error}", err=True)  # not through rich, which reads brackets as markup
-        raise typer.Exit(1) from error
