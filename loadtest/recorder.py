@@ -56,7 +56,7 @@ class Recorder:
         self._deadline_s: list[float] = deadline_s.tolist()
         self._labels = labels
         self._out = Outcomes.empty(size)
-        self._out.labelled[:] = labels >= 0
+        self._out.deadline_s[:], self._out.labelled[:] = deadline_s, labels >= 0
         self._sent_s = np.full(size, np.nan)
         self._send_latency_s = np.full(size, np.nan)
         self._gateway_met = np.zeros(size, np.bool_)
