@@ -200,7 +200,12 @@ def _setup(report: Report) -> dict[str, str]:
 
 def _live(live: Live) -> dict[str, object]:
     lag, from_send = live.send_lag_s, live.latency_from_send_s
+    bound_s, users = live.percentile_bound_s, live.closed_users
     return {
+        "users, closed loop": users,
+        f"p{live.percentile:g} at most": None
+        if bound_s is None
+        else f"{milliseconds(bound_s)} ms, with 99 % confidence",
         "warm-up, cut": f"{live.warmup_s:g} s, {live.warmup_requests:,} requests",
         "time-out": f"{live.timeout_s:g} s",
         "grace": f"{1000 * live.grace_s:g} ms",

@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.table import Table
 
-from vmoe import fewshot_cli
+from vmoe import fewshot_cli, upcycle_cli
 from vmoe.checkpoint import check_parameters, load_checkpoint
 from vmoe.class_subset import choose_classes, match_classes
 from vmoe.config import VARIANTS, ModelConfig, load_config
@@ -27,6 +27,7 @@ from vmoe.train import train as run_training
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train, evaluate and transfer V-MoE models.")
 app.command("fewshot")(fewshot_cli.fewshot)
+app.command("upcycle")(upcycle_cli.upcycle)
 DEFAULTS = TrainConfig()
 
 # The ladder that evaluation prints when none is given: from the cheapest useful point to beyond full capacity.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -24,9 +25,10 @@ EVIL = '"><script>document.title = "hacked"</script><img src=x onerror=alert(1)>
 @pytest.fixture(scope="module")
 def simulated(subject: Subject) -> Callable[[str], Report]:
     """A report of a policy under bursts that overload it, with two budgets."""
-    arrival_s = on_off(600.0, 6.0, np.random.default_rng(0))
+    arrival_s = on_off(600.0, 4.0, np.random.default_rng(0))
     trace = Trace.of(arrival_s, np.arange(len(arrival_s)) % 2, ("auto", "low"))
 
+    @cache
     def run(policy: str, name: str = "trace.csv") -> Report:
         active = subject.policy(policy)
         outcomes = simulate(trace, subject.scheduler(active), active, Machine(subject.latency()))
@@ -54,6 +56,8 @@ def live(*reasons: str) -> Live:
         warmup_requests=10,
         timeout_s=10.0,
         grace_s=0.0,
+        percentile=99.0,
+        percentile_bound_s=0.03,
         latency_from_send_s=LatencyQuantiles(p50=0.01, p99=0.02),
         send_lag_s=LatencyQuantiles(p50=0.001, p99=0.002),
         failures={},
