@@ -1,4 +1,4 @@
-"""`python -m loadtest`: load a gateway, simulate a policy on a trace, generate a trace."""
+"""`python -m loadtest`: load a gateway, simulate a policy on a trace, generate a trace, show reports."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from loadtest.errors import LoadtestError, TraceError
+from loadtest.html import write_page
 from loadtest.oracle import oracle
 from loadtest.public_traces import load_trace
 from loadtest.report import PolicyUsed, Report, Setup, oracle_report, summarise
 from loadtest.rescale import Rescaling
+from loadtest.runs import Run, read_runs
 from loadtest.schedule import Kind, Mix, draw
 from loadtest.search import Objective
 from loadtest.simulator import Machine, simulate
@@ -44,6 +46,8 @@ Window = Annotated[
     str | None, typer.Option(help="FROM:TO: these seconds of the trace; either may be left out.", metavar="FROM:TO")
 ]
 TimeScale = Annotated[float, typer.Option(help="Length over the trace's; 0.5 is twice as fast.")]
+Json = Annotated[Path | None, typer.Option(help="Write the report here.")]
+Html = Annotated[Path | None, typer.Option(help="Write the report as a page here: docs/reports.md.")]
 RateScale = Annotated[float, typer.Option(help="Requests over the trace's, in the same time.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure what a bundle and a policy can hold.")
@@ -67,7 +71,8 @@ def simulate_command(
     window: Window = None,
     time_scale: TimeScale = 1.0,
     rate_scale: RateScale = 1.0,
-    json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
+    json: Json = None,
+    html: Html = None,
 ) -> None:
     """Runs the gateway's scheduler over TRACE on a virtual clock, with the latencies of the bundle's profile."""
     with _clear_errors():
@@ -110,8 +115,7 @@ def simulate_command(
                 )
                 report = summarise(requests, outcomes, subject.ladder, setup)
         print_report(report, Console())
-        if json is not None:
-            _write(json, report)
+        _write(report, json, html)
 
 
 @app.command()
@@ -151,7 +155,8 @@ def run(
     max_shed: Annotated[
         float, typer.Option(min=0, max=1, help="--find-max: share of requests without an answer, at most.")
     ] = 0.001,
-    json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
+    json: Json = None,
+    html: Html = None,
 ) -> None:
     """Offers load to a live gateway and measures latency, accuracy and refusals. Ctrl-C ends it early, with a report.
 
@@ -194,8 +199,7 @@ def run(
             name, schedule = drawn(rate_hz, warmup_s + _positive("--duration", duration_s), seed)
             report = session.run(schedule, name)
         print_report(report, Console())
-        if json is not None:
-            _write(json, report)
+        _write(report, json, html)
     assert report.live is not None
     if not report.live.valid or (report.search is not None and report.search.rate_hz is None):
         raise typer.Exit(INVALID)
@@ -219,6 +223,16 @@ def generate(
         mix = Mix.parse(budget or (), deadline_ms or ())
         trace = draw(kind, rate_hz, duration_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
         _write_trace(out, trace)
+
+
+@app.command("html")
+def html_command(
+    reports: Annotated[list[Path], typer.Argument(help="Written by --json of `run` or `simulate`.")],
+    out: Annotated[Path, typer.Option(help="Page to write.")],
+) -> None:
+    """Shows reports as one page that needs no network: plots over time, tables, machine and versions."""
+    with _clear_errors():
+        write_page(out, read_runs(reports))
 
 
 @app.command()
@@ -263,11 +277,14 @@ def _write_trace(out: Path, trace: Trace) -> None:
     Console(stderr=True).print(f"{out}: {len(trace):,} requests in {trace.duration_s:.6g} s")
 
 
-def _write(path: Path, report: Report) -> None:
-    try:
-        path.write_text(report.model_dump_json(indent=2) + "\n")
-    except OSError as error:
-        raise LoadtestError(f"cannot write {path}: {error.strerror}") from error
+def _write(report: Report, json: Path | None, html: Path | None) -> None:
+    if json is not None:
+        try:
+            json.write_text(report.model_dump_json(indent=2) + "\n")
+        except OSError as error:
+            raise LoadtestError(f"cannot write {json}: {error.strerror}") from error
+    if html is not None:
+        write_page(html, [Run(report.setup.policy.name, report)])
 
 
 @contextlib.contextmanager
