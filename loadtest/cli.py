@@ -148,6 +148,9 @@ def run(
     closed: Annotated[
         int | None, typer.Option(min=1, help="Users who wait for each answer, instead of --arrivals; hides overload.")
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="That share the schedule, where one core cannot send it; not with --closed.")
+    ] = 1,
     find: Annotated[
         bool, typer.Option("--find-max", help="Search from --rate on the highest rate at which the objectives hold.")
     ] = False,
@@ -175,9 +178,11 @@ def run(
             )
         if find and (arrivals is None or p99_ms is None):
             raise LoadtestError("--find-max needs --arrivals and --p99-ms")
+        if closed is not None and processes > 1:
+            raise LoadtestError(f"--closed runs in one process, got --processes {processes}")
         mix = Mix.parse(budget or (), deadline_ms or ())
         terms = Terms(warmup_s, timeout_s, grace_ms / 1000, percentile)
-        session = Session(url, images, terms, seed, Console(stderr=True))
+        session = Session(url, images, terms, seed, Console(stderr=True), processes)
 
         def drawn(rate_hz: float, total_s: float, seed: int) -> tuple[str, Trace]:
             assert arrivals is not None
