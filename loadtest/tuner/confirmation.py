@@ -21,7 +21,8 @@ from typing import Any, Final, NoReturn
 from loadtest.errors import LoadtestError, TargetError
 from loadtest.generator import Plan, measure
 from loadtest.images import SAMPLE, load_images
-from loadtest.recorder import Recorder, Terms
+from loadtest.live_results import Terms
+from loadtest.recorder import Tally
 from loadtest.report import Report
 from loadtest.trace import Trace
 from server.policy_source import POSTED
@@ -118,7 +119,7 @@ def confirm(
     seed: int,
     grace_ms: float,
     images: Path | None,
-    progress: Callable[[Recorder], None] = lambda recorder: None,
+    progress: Callable[[Tally], None] = lambda tally: None,
 ) -> Live:
     """Puts a policy in force and measures it at every load. Call it within `Administrator.borrowed`.
 
@@ -134,7 +135,14 @@ def confirm(
     for load, trace in traces.items():
         terms = Terms(min(_WARMUP_S, trace.duration_s / 10), _TIMEOUT_S, grace_ms / 1000)
         plan = Plan(trace, f"held out, load {load:g}", terms, seed)
-        report = asyncio.run(measure(url, plan, lambda labels: load_images(images or SAMPLE, labels), progress))
+        report = asyncio.run(
+            measure(
+                url,
+                plan,
+                lambda labels: load_images(images or SAMPLE, labels),
+                lambda recorder: progress(recorder.take_tally()),
+            )
+        )
         assert report.live is not None, "the generator makes live reports"
         if report.live.interrupted:
             return Live(tuple(figures), tuple(invalid), interrupted=True)

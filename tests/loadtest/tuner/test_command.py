@@ -17,6 +17,7 @@ from loadtest.trace import Trace, read_trace, write_trace
 from server.ladder import Ladder
 from server.policy_source import PolicySource
 from tests.loadtest.conftest import SHIPPED
+from tests.loadtest.test_run import readme_commands, replaced
 
 
 @pytest.fixture
@@ -51,6 +52,13 @@ def test_tune_when_the_objective_holds_then_the_gateway_takes_the_file_and_it_sa
     assert out.read_text().startswith("# Tuned: maximise effective_accuracy with p99 <= 200 ms and shed <= 50 %.\n")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert "load 0.5, front" in page.read_text()
+
+
+def test_tune_when_called_as_in_the_readme_then_a_policy_is_written(trace: Path, tmp_path: Path) -> None:
+    command = replaced(readme_commands("tune"), bundle=SHIPPED, trace=trace, out=tmp_path / "policy.toml")
+    command += ["--trials", "1", "--max-shed", "0.5"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert (tmp_path / "policy.toml").exists()
 
 
 def test_tune_when_repeated_with_the_same_seed_then_the_file_is_the_same_byte_for_byte(

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from exporter.bundle import Bundle, write_manifest
 from loadtest.cli import app
 from loadtest.errors import LoadtestError, TargetError
-from loadtest.recorder import Recorder
+from loadtest.recorder import Tally
 from loadtest.trace import write_trace
 from loadtest.tuner.confirmation import Administrator, confirm
 from server.backends.ort import OrtBackend
@@ -133,9 +133,9 @@ def test_confirm_when_interrupted_then_it_ends_early_and_the_old_policy_comes_ba
     traces = {1.0: poisson_trace(40, 60, 3)}
     interrupts: list[int] = []
 
-    def interrupt_once(recorder: Recorder) -> None:
-        if recorder.finished > 3 and not interrupts:
-            interrupts.append(recorder.finished)
+    def interrupt_once(tally: Tally) -> None:
+        if tally.finished and not interrupts:
+            interrupts.append(tally.finished)
             os.kill(os.getpid(), signal.SIGINT)
 
     with admin.borrowed():
