@@ -1,8 +1,7 @@
-"""`python -m loadtest`: load a gateway, simulate a policy on a trace, generate a trace, tune the policy."""
+"""`python -m loadtest`: load a gateway, simulate a policy on a trace, tune it, generate a trace, show reports."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 from collections.abc import Collection, Iterator
@@ -15,17 +14,19 @@ from rich.console import Console
 from rich.progress import Progress
 
 from loadtest.errors import LoadtestError, TraceError
+from loadtest.html import write_page
 from loadtest.oracle import oracle
-from loadtest.progress import LiveProgress
 from loadtest.public_traces import load_trace
 from loadtest.report import PolicyUsed, Report, Setup, oracle_report, summarise
 from loadtest.rescale import Rescaling
+from loadtest.runs import Run, read_runs
 from loadtest.schedule import Kind, Mix, draw
+from loadtest.search import Objective
 from loadtest.simulator import Machine, simulate
 from loadtest.subject import Subject
 from loadtest.tables import print_report
 from loadtest.trace import Trace, write_trace
-from loadtest.tuner.objective import Goal, Objective
+from loadtest.tuner import objective as tuning
 
 ORACLE = "oracle"
 INVALID = 3  # exit code
@@ -46,6 +47,8 @@ Window = Annotated[
     str | None, typer.Option(help="FROM:TO: these seconds of the trace; either may be left out.", metavar="FROM:TO")
 ]
 TimeScale = Annotated[float, typer.Option(help="Length over the trace's; 0.5 is twice as fast.")]
+Json = Annotated[Path | None, typer.Option(help="Write the report here.")]
+Html = Annotated[Path | None, typer.Option(help="Write the report as a page here: docs/reports.md.")]
 RateScale = Annotated[float, typer.Option(help="Requests over the trace's, in the same time.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure what a bundle and a policy can hold.")
@@ -69,7 +72,8 @@ def simulate_command(
     window: Window = None,
     time_scale: TimeScale = 1.0,
     rate_scale: RateScale = 1.0,
-    json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
+    json: Json = None,
+    html: Html = None,
 ) -> None:
     """Runs the gateway's scheduler over TRACE on a virtual clock, with the latencies of the bundle's profile."""
     with _clear_errors():
@@ -112,8 +116,7 @@ def simulate_command(
                 )
                 report = summarise(requests, outcomes, subject.ladder, setup)
         print_report(report, Console())
-        if json is not None:
-            _write(json, report)
+        _write(report, json, html)
 
 
 @app.command()
@@ -143,7 +146,18 @@ def run(
     percentile: Annotated[
         float, typer.Option(min=50, max=99.99, help="Of latency: the run must have requests enough for it.")
     ] = 99.0,
-    json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
+    closed: Annotated[
+        int | None, typer.Option(min=1, help="Users who wait for each answer, instead of --arrivals; hides overload.")
+    ] = None,
+    find: Annotated[
+        bool, typer.Option("--find-max", help="Search from --rate on the highest rate at which the objectives hold.")
+    ] = False,
+    p99_ms: Annotated[float | None, typer.Option(help="--find-max: p99 of latency, at most.")] = None,
+    max_shed: Annotated[
+        float, typer.Option(min=0, max=1, help="--find-max: share of requests without an answer, at most.")
+    ] = 0.001,
+    json: Json = None,
+    html: Html = None,
 ) -> None:
     """Offers load to a live gateway and measures latency, accuracy and refusals. Ctrl-C ends it early, with a report.
 
@@ -151,38 +165,44 @@ def run(
     """
     with _clear_errors():
         try:
-            from loadtest.generator import Plan, measure  # needs aiohttp, which simulating does not
-            from loadtest.images import SAMPLE, load_images
             from loadtest.live_results import Terms
+            from loadtest.live_session import Session  # needs aiohttp, which simulating does not
         except ModuleNotFoundError as error:
             raise LoadtestError(f"live runs need {error.name}: pip install 'vmoe-serving[loadtest]'") from error
-        if not (math.isfinite(timeout_s) and timeout_s > 0):
-            raise LoadtestError(f"--timeout must be finite and above 0, got {timeout_s}")
-        if (trace is None) == (arrivals is None):
-            raise LoadtestError("give either --trace FILE or --arrivals KIND with --rate and --duration")
+        _positive("--timeout", timeout_s)
+        if (trace is not None) + (arrivals is not None) + (closed is not None) != 1:
+            raise LoadtestError(
+                "give one of --arrivals KIND with --rate and --duration, --trace FILE, and --closed USERS"
+            )
+        if find and (arrivals is None or p99_ms is None):
+            raise LoadtestError("--find-max needs --arrivals and --p99-ms")
         mix = Mix.parse(budget or (), deadline_ms or ())
+        terms = Terms(warmup_s, timeout_s, grace_ms / 1000, percentile)
+        session = Session(url, images, terms, seed, Console(stderr=True))
+
+        def drawn(rate_hz: float, total_s: float, seed: int) -> tuple[str, Trace]:
+            assert arrivals is not None
+            trace = draw(arrivals, rate_hz, total_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
+            return f"{arrivals}, {rate_hz:g}/s, {total_s - warmup_s:g} s, seed {seed}", trace
+
         if trace is not None:
             name, schedule = _replayed(trace, Rescaling.parse(window, time_scale, rate_scale), mix, seed)
-        elif arrivals is not None:
-            if rate_hz is None or duration_s is None:
-                raise LoadtestError("--arrivals needs --rate and --duration")
-            name = f"{arrivals}, {rate_hz:g}/s, {duration_s:g} s, seed {seed}"
-            total_s = warmup_s + duration_s
-            schedule = draw(arrivals, rate_hz, total_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
-        plan = Plan(schedule, name, Terms(warmup_s, timeout_s, grace_ms / 1000, percentile), seed)
-        with LiveProgress(len(schedule), Console(stderr=True)) as progress:
-            report = asyncio.run(
-                measure(
-                    url,
-                    plan,
-                    lambda labels: load_images(images or SAMPLE, labels),
-                    lambda recorder: progress.update(recorder.take_tally()),
-                )
-            )
+            report = session.run(schedule, name)
+        elif duration_s is None or (rate_hz is None and closed is None):
+            raise LoadtestError("--closed needs --duration" if closed else "--arrivals needs --rate and --duration")
+        elif closed is not None:
+            report = session.run_closed(closed, _positive("--duration", duration_s), mix)
+        elif find and p99_ms is not None and rate_hz is not None:
+            objective = Objective(_positive("--p99-ms", p99_ms) / 1000, max_shed)
+            report = session.find_max(rate_hz, _positive("--duration", duration_s), objective, drawn)
+        else:
+            assert rate_hz is not None
+            name, schedule = drawn(rate_hz, warmup_s + _positive("--duration", duration_s), seed)
+            report = session.run(schedule, name)
         print_report(report, Console())
-        if json is not None:
-            _write(json, report)
-    if report.live is not None and not report.live.valid:
+        _write(report, json, html)
+    assert report.live is not None
+    if not report.live.valid or (report.search is not None and report.search.rate_hz is None):
         raise typer.Exit(INVALID)
 
 
@@ -204,6 +224,16 @@ def generate(
         mix = Mix.parse(budget or (), deadline_ms or ())
         trace = draw(kind, rate_hz, duration_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
         _write_trace(out, trace)
+
+
+@app.command("html")
+def html_command(
+    reports: Annotated[list[Path], typer.Argument(help="Written by --json of `run` or `simulate`.")],
+    out: Annotated[Path, typer.Option(help="Page to write.")],
+) -> None:
+    """Shows reports as one page that needs no network: plots over time, tables, machine and versions."""
+    with _clear_errors():
+        write_page(out, read_runs(reports))
 
 
 @app.command()
@@ -230,7 +260,9 @@ def tune_command(
     out: Annotated[Path, typer.Option(help="policy.toml to write.")],
     p99_ms: Annotated[float, typer.Option(help="Limit of the 99th percentile of latency.")] = 100.0,
     max_shed: Annotated[float, typer.Option(help="Limit of the share that is refused.")] = 0.001,
-    maximise: Annotated[Goal, typer.Option(help="docs/tuning.md says what each means.")] = Goal.effective_accuracy,
+    maximise: Annotated[
+        tuning.Goal, typer.Option(help="docs/tuning.md says what each means.")
+    ] = tuning.Goal.effective_accuracy,
     load: Annotated[str, typer.Option(help="Arrival rates over the trace's, separated by commas.")] = "1",
     trials: Annotated[int, typer.Option(min=1, help="Policies to try.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="The same one gives the same file.")] = 0,
@@ -276,7 +308,7 @@ def tune_command(
             Options(
                 bundle=bundle,
                 trace=trace,
-                objective=Objective(maximise, p99_ms, max_shed),
+                objective=tuning.Objective(maximise, p99_ms, max_shed),
                 loads=loads,
                 trials=trials,
                 seed=seed,
@@ -306,6 +338,12 @@ def _replayed(
     return f"{path}{rescaling}", trace
 
 
+def _positive(option: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise LoadtestError(f"{option} must be finite and above 0, got {value}")
+    return value
+
+
 def _write_trace(out: Path, trace: Trace) -> None:
     try:
         write_trace(out, trace)
@@ -314,11 +352,14 @@ def _write_trace(out: Path, trace: Trace) -> None:
     Console(stderr=True).print(f"{out}: {len(trace):,} requests in {trace.duration_s:.6g} s")
 
 
-def _write(path: Path, report: Report) -> None:
-    try:
-        path.write_text(report.model_dump_json(indent=2) + "\n")
-    except OSError as error:
-        raise LoadtestError(f"cannot write {path}: {error.strerror}") from error
+def _write(report: Report, json: Path | None, html: Path | None) -> None:
+    if json is not None:
+        try:
+            json.write_text(report.model_dump_json(indent=2) + "\n")
+        except OSError as error:
+            raise LoadtestError(f"cannot write {json}: {error.strerror}") from error
+    if html is not None:
+        write_page(html, [Run(report.setup.policy.name, report)])
 
 
 @contextlib.contextmanager
