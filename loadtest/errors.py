@@ -5,6 +5,7 @@ LoadtestError            the run cannot start as asked
 ├── ReportError          a file that is no report of this version
 ├── TargetError          nobody serves at the URL
 ├── TraceError           the trace file, with file and line
+├── ObjectiveUnreached   tuning found no policy that does what was asked for
 └── UnsuitableBundle     the bundle lacks what a simulation needs
 """
 
@@ -29,6 +30,10 @@ class TargetError(LoadtestError):
 
 class TraceError(LoadtestError):
     """A trace that cannot be used."""
+
+
+class ObjectiveUnreached(LoadtestError):
+    """No policy does what was asked for."""
 
 
 class UnsuitableBundle(LoadtestError):
