@@ -1,8 +1,7 @@
-"""`python -m loadtest`: load a gateway, simulate a policy on a trace, generate a trace, show and compare reports."""
+"""`python -m loadtest`: load a gateway, simulate or tune a policy, generate a trace, show and compare reports."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 from collections.abc import Collection, Iterator
@@ -18,16 +17,17 @@ from loadtest.compare import compare
 from loadtest.errors import LoadtestError, TraceError
 from loadtest.html import write_page
 from loadtest.oracle import oracle
-from loadtest.progress import LiveProgress
 from loadtest.public_traces import load_trace
 from loadtest.report import PolicyUsed, Report, Setup, oracle_report, summarise
 from loadtest.rescale import Rescaling
 from loadtest.runs import Run, read_runs
 from loadtest.schedule import Kind, Mix, draw
+from loadtest.search import Objective
 from loadtest.simulator import Machine, simulate
 from loadtest.subject import Subject
 from loadtest.tables import print_comparison, print_report
 from loadtest.trace import Trace, write_trace
+from loadtest.tuner import objective as tuning
 
 ORACLE = "oracle"
 INVALID = 3  # exit code
@@ -147,6 +147,19 @@ def run(
     percentile: Annotated[
         float, typer.Option(min=50, max=99.99, help="Of latency: the run must have requests enough for it.")
     ] = 99.0,
+    closed: Annotated[
+        int | None, typer.Option(min=1, help="Users who wait for each answer, instead of --arrivals; hides overload.")
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="That share the schedule, where one core cannot send it; not with --closed.")
+    ] = 1,
+    find: Annotated[
+        bool, typer.Option("--find-max", help="Search from --rate on the highest rate at which the objectives hold.")
+    ] = False,
+    p99_ms: Annotated[float | None, typer.Option(help="--find-max: p99 of latency, at most.")] = None,
+    max_shed: Annotated[
+        float, typer.Option(min=0, max=1, help="--find-max: share of requests without an answer, at most.")
+    ] = 0.001,
     json: Json = None,
     html: Html = None,
 ) -> None:
@@ -156,37 +169,46 @@ def run(
     """
     with _clear_errors():
         try:
-            from loadtest.generator import Plan, measure  # needs aiohttp, which simulating does not
-            from loadtest.images import SAMPLE, load_images
             from loadtest.live_results import Terms
+            from loadtest.live_session import Session  # needs aiohttp, which simulating does not
         except ModuleNotFoundError as error:
             raise LoadtestError(f"live runs need {error.name}: pip install 'vmoe-serving[loadtest]'") from error
-        if not (math.isfinite(timeout_s) and timeout_s > 0):
-            raise LoadtestError(f"--timeout must be finite and above 0, got {timeout_s}")
-        if (trace is None) == (arrivals is None):
-            raise LoadtestError("give either --trace FILE or --arrivals KIND with --rate and --duration")
+        _positive("--timeout", timeout_s)
+        if (trace is not None) + (arrivals is not None) + (closed is not None) != 1:
+            raise LoadtestError(
+                "give one of --arrivals KIND with --rate and --duration, --trace FILE, and --closed USERS"
+            )
+        if find and (arrivals is None or p99_ms is None):
+            raise LoadtestError("--find-max needs --arrivals and --p99-ms")
+        if closed is not None and processes > 1:
+            raise LoadtestError(f"--closed runs in one process, got --processes {processes}")
         mix = Mix.parse(budget or (), deadline_ms or ())
+        terms = Terms(warmup_s, timeout_s, grace_ms / 1000, percentile)
+        session = Session(url, images, terms, seed, Console(stderr=True), processes)
+
+        def drawn(rate_hz: float, total_s: float, seed: int) -> tuple[str, Trace]:
+            assert arrivals is not None
+            trace = draw(arrivals, rate_hz, total_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
+            return f"{arrivals}, {rate_hz:g}/s, {total_s - warmup_s:g} s, seed {seed}", trace
+
         if trace is not None:
             name, schedule = _replayed(trace, Rescaling.parse(window, time_scale, rate_scale), mix, seed)
-        elif arrivals is not None:
-            if rate_hz is None or duration_s is None:
-                raise LoadtestError("--arrivals needs --rate and --duration")
-            name = f"{arrivals}, {rate_hz:g}/s, {duration_s:g} s, seed {seed}"
-            total_s = warmup_s + duration_s
-            schedule = draw(arrivals, rate_hz, total_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
-        plan = Plan(schedule, name, Terms(warmup_s, timeout_s, grace_ms / 1000, percentile), seed)
-        with LiveProgress(len(schedule), Console(stderr=True)) as progress:
-            report = asyncio.run(
-                measure(
-                    url,
-                    plan,
-                    lambda labels: load_images(images or SAMPLE, labels),
-                    lambda recorder: progress.update(recorder.take_tally()),
-                )
-            )
+            report = session.run(schedule, name)
+        elif duration_s is None or (rate_hz is None and closed is None):
+            raise LoadtestError("--closed needs --duration" if closed else "--arrivals needs --rate and --duration")
+        elif closed is not None:
+            report = session.run_closed(closed, _positive("--duration", duration_s), mix)
+        elif find and p99_ms is not None and rate_hz is not None:
+            objective = Objective(_positive("--p99-ms", p99_ms) / 1000, max_shed)
+            report = session.find_max(rate_hz, _positive("--duration", duration_s), objective, drawn)
+        else:
+            assert rate_hz is not None
+            name, schedule = drawn(rate_hz, warmup_s + _positive("--duration", duration_s), seed)
+            report = session.run(schedule, name)
         print_report(report, Console())
         _write(report, json, html)
-    if report.live is not None and not report.live.valid:
+    assert report.live is not None
+    if not report.live.valid or (report.search is not None and report.search.rate_hz is None):
         raise typer.Exit(INVALID)
 
 
@@ -255,6 +277,80 @@ def convert(
         _write_trace(out, _replayed(trace, rescaling, Mix.parse(budget or (), deadline_ms or ()), seed)[1])
 
 
+@app.command("tune")
+def tune_command(
+    bundle: Annotated[Path, typer.Option(help="Directory of an exported model with a latency profile.")],
+    trace: Annotated[Path, typer.Option(help="As for `simulate`; a recording of your own traffic serves best.")],
+    out: Annotated[Path, typer.Option(help="policy.toml to write.")],
+    p99_ms: Annotated[float, typer.Option(help="Limit of the 99th percentile of latency.")] = 100.0,
+    max_shed: Annotated[float, typer.Option(help="Limit of the share that is refused.")] = 0.001,
+    maximise: Annotated[
+        tuning.Goal, typer.Option(help="docs/tuning.md says what each means.")
+    ] = tuning.Goal.effective_accuracy,
+    load: Annotated[str, typer.Option(help="Arrival rates over the trace's, separated by commas.")] = "1",
+    trials: Annotated[int, typer.Option(min=1, help="Policies to try.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="The same one gives the same file.")] = 0,
+    noise_seeds: Annotated[int, typer.Option(min=1, help="Runs of each trial at each load.")] = 2,
+    held_out: Annotated[float, typer.Option(help="Share of the trace that is not searched.")] = 0.3,
+    policy: Annotated[
+        str | None, typer.Option(help="policy.toml whose budgets are kept. Default: the bundle's, if it has one.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Batches that run at once.")] = 1,
+    max_batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the bundle's.")] = None,
+    url: Annotated[str | None, typer.Option(help="Gateway at which the best few are confirmed.")] = None,
+    admin_key: Annotated[str, typer.Option(envvar="VMOE_ADMIN_KEY", help="Of that gateway.")] = "",
+    grace_ms: Annotated[float, typer.Option(min=0, help="As for `run`, in the confirmation.")] = 0.0,
+    images: Annotated[Path | None, typer.Option(help="As for `run`, in the confirmation.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="HTML page of the Pareto front to write.")] = None,
+    best_effort: Annotated[
+        bool, typer.Option("--best-effort", help="Write the nearest where the objective is out of reach.")
+    ] = False,
+) -> None:
+    """Searches the policies and their parameters in the simulator, and writes the best one.
+
+    Ctrl-C ends the search early and goes on with the best so far; a second one ends everything and writes nothing.
+    """
+    with _clear_errors():
+        try:
+            from loadtest.tuner.command import Gateway, Options, tune  # needs optuna
+        except ModuleNotFoundError as error:
+            raise LoadtestError(f"tuning needs {error.name}: pip install 'vmoe-serving[loadtest]'") from error
+        try:
+            loads = tuple(float(each) for each in load.split(","))
+        except ValueError as error:
+            raise LoadtestError(f"--load must be numbers above 0, separated by commas, got {load!r}") from error
+        # What gives the same file again; neither a key nor where things were written.
+        asked = {
+            "bundle": bundle, "trace": trace, "p99-ms": f"{p99_ms:g}", "max-shed": f"{max_shed:g}",
+            "maximise": maximise, "load": load, "trials": trials, "seed": seed, "noise-seeds": noise_seeds,
+            "held-out": f"{held_out:g}", "policy": policy, "workers": workers, "max-batch-size": max_batch_size,
+            "url": url,
+        }  # fmt: skip
+        words = [word for name, value in asked.items() if value is not None for word in (f"--{name}", str(value))]
+        words += ["--best-effort"] if best_effort else []
+        tune(
+            Options(
+                bundle=bundle,
+                trace=trace,
+                objective=tuning.Objective(maximise, p99_ms, max_shed),
+                loads=loads,
+                trials=trials,
+                seed=seed,
+                noise_seeds=noise_seeds,
+                held_out=held_out,
+                workers=workers,
+                max_batch_size=max_batch_size,
+                policy=policy,
+                out=out,
+                plot=plot,
+                best_effort=best_effort,
+                gateway=None if url is None else Gateway(url, admin_key, grace_ms, images),
+                command=("python", "-m", "loadtest", "tune", *words),
+            ),
+            Console(),
+        )
+
+
 def _replayed(
     path: Path, rescaling: Rescaling, mix: Mix, seed: int, budgets: Collection[str] | None = None
 ) -> tuple[str, Trace]:
@@ -264,6 +360,12 @@ def _replayed(
     if not len(trace):
         raise TraceError(f"{path}{rescaling} holds no requests")
     return f"{path}{rescaling}", trace
+
+
+def _positive(option: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise LoadtestError(f"{option} must be finite and above 0, got {value}")
+    return value
 
 
 def _write_trace(out: Path, trace: Trace) -> None:

@@ -67,17 +67,33 @@ async def measure(
     return live_report(record, plan.trace, plan.terms, setup)
 
 
+def soon() -> float:
+    """A start on the monotonic clock, so that the first arrival is not late already."""
+    return time.monotonic() + _LEAD_S
+
+
 async def offer(
-    client: Client, plan: Plan, images: Images, progress: Callable[[Recorder], None] = lambda recorder: None
+    client: Client,
+    plan: Plan,
+    images: Images,
+    progress: Callable[[Recorder], None] = lambda recorder: None,
+    chosen: npt.NDArray[np.int64] | None = None,
+    when_ready: Callable[[], float] = soon,
 ) -> Record:
-    """Sends every request of the plan; what came of it."""
+    """Sends every request of the plan; what came of it.
+
+    Arguments:
+        progress: called now and then; what it raises ends the run.
+        chosen: (N,) the image of each request; by the plan's seed where it is None.
+        when_ready: called when everything is prepared; the start of the schedule, on the monotonic clock.
+    """
     trace = plan.trace
-    chosen = images.choose(trace, plan.seed)
+    chosen = images.choose(trace, plan.seed) if chosen is None else chosen
     recorder = Recorder(plan.terms.grace_s)
     recorder.expect(trace.arrival_s, due_after_s(trace, client.target), images.labels[chosen])
     run = _Run(client, trace, images, chosen.tolist(), recorder)
     before_s = time.process_time()
-    interrupted = await run.to_the_end(progress)
+    interrupted = await run.to_the_end(progress, when_ready())
     return recorder.record(run.start_s, time.process_time() - before_s, interrupted=interrupted)
 
 
@@ -99,31 +115,28 @@ class _Run:
     def __init__(self, client: Client, trace: Trace, images: Images, chosen: list[int], recorder: Recorder) -> None:
         self._client, self._images, self._chosen, self._recorder = client, images, chosen, recorder
         self._due_s: list[float] = trace.arrival_s.tolist()
-        wishes = list(zip(trace.budget.tolist(), (1000 * trace.deadline_s).tolist(), strict=True))
-        # NaN differs from itself; as None it is one key of the table.
-        asked = [(code, None if deadline_ms != deadline_ms else deadline_ms) for code, deadline_ms in wishes]
-        table = {wish: client.address(trace.budgets[wish[0]], wish[1]) for wish in set(asked)}
-        self._addresses = [table[wish] for wish in asked]
+        self._addresses = client.addresses(trace)
         self._headers = [{"Content-Type": media_type} for media_type in images.media_types]
         self._open: set[asyncio.Task[None]] = set()
         self.start_s = 0.0
 
-    async def to_the_end(self, progress: Callable[[Recorder], None]) -> bool:
+    async def to_the_end(self, progress: Callable[[Recorder], None], start_s: float) -> bool:
         """True when it was stopped by hand."""
-        loop = asyncio.get_running_loop()
-        self.start_s = loop.time() + _LEAD_S
+        self.start_s = start_s
         pacing = asyncio.create_task(self._pace())
-        reporting = asyncio.create_task(self._report(progress))
+        reporting = asyncio.create_task(report_progress(self._recorder, progress))
 
         def stop() -> None:
             for task in (pacing,) if not pacing.done() else tuple(self._open):
                 task.cancel()
 
         try:
-            with _on_interrupt(stop):
-                await asyncio.wait((pacing,))
-                while self._open:
-                    await asyncio.wait(self._open)
+            with on_interrupt(stop):
+                while not pacing.done() or self._open:
+                    waited = self._open if pacing.done() else (pacing,)
+                    await asyncio.wait((*waited, reporting), return_when=asyncio.FIRST_COMPLETED)
+                    if reporting.done():
+                        reporting.result()  # raises what `progress` raised
         finally:
             for task in (pacing, reporting, *self._open):
                 task.cancel()
@@ -134,7 +147,7 @@ class _Run:
         return pacing.cancelled()
 
     async def _pace(self) -> None:
-        now = asyncio.get_running_loop().time
+        now = time.monotonic
         for index, due_s in enumerate(self._due_s):
             # Also when late: 0 lets the tasks of those before run, so that catching up cannot starve them.
             await asyncio.sleep(max(self.start_s + due_s - now(), 0))
@@ -143,7 +156,7 @@ class _Run:
             task.add_done_callback(self._open.discard)
 
     async def _send(self, index: int) -> None:
-        now = asyncio.get_running_loop().time
+        now = time.monotonic
         recorder, image = self._recorder, self._chosen[index]
         recorder.sent(index, now() - self.start_s)
         try:
@@ -154,14 +167,16 @@ class _Run:
             reply = Failed("given up")
         recorder.ended(index, reply, now() - self.start_s)
 
-    async def _report(self, progress: Callable[[Recorder], None]) -> None:
-        while True:
-            progress(self._recorder)
-            await asyncio.sleep(_TICK_S)
+
+async def report_progress(recorder: Recorder, progress: Callable[[Recorder], None]) -> None:
+    """Calls `progress` now and then, until it is cancelled."""
+    while True:
+        progress(recorder)
+        await asyncio.sleep(_TICK_S)
 
 
 @contextmanager
-def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
     """Ctrl-C calls `stop`, in the loop."""
     loop = asyncio.get_running_loop()
     try:
