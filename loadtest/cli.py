@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -139,6 +140,10 @@ def run(
     grace_ms: Annotated[
         float, typer.Option(min=0, help="Beyond the deadline, for the way there and back; still in time.")
     ] = 0.0,
+    predict: Annotated[
+        Path | None,
+        typer.Option(help="Bundle that the gateway serves: probe it first, simulate the same run, and compare."),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
 ) -> None:
     """Offers load to a live gateway and measures latency, accuracy and refusals. Ctrl-C ends it early, with a report.
@@ -149,6 +154,7 @@ def run(
         try:
             from loadtest.generator import Plan, measure  # needs aiohttp, which simulating does not
             from loadtest.images import SAMPLE, load_images
+            from loadtest.prediction import Predictor
             from loadtest.recorder import Terms
         except ModuleNotFoundError as error:
             raise LoadtestError(f"live runs need {error.name}: pip install 'vmoe-serving[loadtest]'") from error
@@ -166,10 +172,14 @@ def run(
             total_s = warmup_s + duration_s
             schedule = draw(arrivals, rate_hz, total_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
         plan = Plan(schedule, name, Terms(warmup_s, timeout_s, grace_ms / 1000), seed)
+        load = functools.partial(load_images, images or SAMPLE)
+        predictor = None
+        if predict is not None:
+            predictor = asyncio.run(Predictor.of(url, Subject.load(predict), load, timeout_s))
         with LiveProgress(len(schedule), Console(stderr=True)) as progress:
-            report = asyncio.run(
-                measure(url, plan, lambda labels: load_images(images or SAMPLE, labels), progress.update)
-            )
+            report = asyncio.run(measure(url, plan, load, progress.update))
+        if predictor is not None:
+            report = predictor.beside(report, plan)
         print_report(report, Console())
         if json is not None:
             _write(json, report)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from loadtest.report import Figures, Live, Report
+from loadtest.report import Compared, Figures, Live, Prediction, Report
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -22,6 +24,8 @@ def print_report(report: Report, console: Console) -> None:
             console.print(f"{name} is unknown: {reason}")
     if report.live is not None:
         _print_live(report.live, console)
+    if report.prediction is not None:
+        console.print(_predicted(report.prediction))
     if report.mean_decision_s is not None and report.mean_batch_size is not None:
         console.print(
             f"{report.decisions:,} batches of {report.mean_batch_size:.1f} images, "
@@ -103,6 +107,21 @@ def _points(report: Report) -> Table:
             f"{point.answers:,}",
             _percent(point.share),
         )
+    return table
+
+
+def _predicted(prediction: Prediction) -> Table:
+    """One row per figure."""
+    table = Table("", "measured", "predicted", "difference", box=SIMPLE, title="how well the simulator predicted")
+    rows: tuple[tuple[str, Compared, Callable[[float | None], str]], ...] = (
+        ("in time %", prediction.slo_attainment, _percent),
+        ("effective accuracy %", prediction.effective_accuracy, _percent),
+        ("shed %", prediction.shed_ratio, _percent),
+        ("p50 ms", prediction.p50_s, _ms),
+        ("p99 ms", prediction.p99_s, _ms),
+    )
+    for name, each, text in rows:
+        table.add_row(name, text(each.measured), text(each.predicted), text(each.difference))
     return table
 
 
