@@ -144,6 +144,9 @@ def run(
         Path | None,
         typer.Option(help="Bundle that the gateway serves: probe it first, simulate the same run, and compare."),
     ] = None,
+    percentile: Annotated[
+        float, typer.Option(min=50, max=99.99, help="Of latency: the run must have requests enough for it.")
+    ] = 99.0,
     json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
 ) -> None:
     """Offers load to a live gateway and measures latency, accuracy and refusals. Ctrl-C ends it early, with a report.
@@ -154,8 +157,8 @@ def run(
         try:
             from loadtest.generator import Plan, measure  # needs aiohttp, which simulating does not
             from loadtest.images import SAMPLE, load_images
+            from loadtest.live_results import Terms
             from loadtest.prediction import Predictor
-            from loadtest.recorder import Terms
         except ModuleNotFoundError as error:
             raise LoadtestError(f"live runs need {error.name}: pip install 'vmoe-serving[loadtest]'") from error
         if not (math.isfinite(timeout_s) and timeout_s > 0):
@@ -171,13 +174,13 @@ def run(
             name = f"{arrivals}, {rate_hz:g}/s, {duration_s:g} s, seed {seed}"
             total_s = warmup_s + duration_s
             schedule = draw(arrivals, rate_hz, total_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
-        plan = Plan(schedule, name, Terms(warmup_s, timeout_s, grace_ms / 1000), seed)
+        plan = Plan(schedule, name, Terms(warmup_s, timeout_s, grace_ms / 1000, percentile), seed)
         load = functools.partial(load_images, images or SAMPLE)
         predictor = None
         if predict is not None:
             predictor = asyncio.run(Predictor.of(url, Subject.load(predict), load, timeout_s))
         with LiveProgress(len(schedule), Console(stderr=True)) as progress:
-            report = asyncio.run(measure(url, plan, load, progress.update))
+            report = asyncio.run(measure(url, plan, load, lambda recorder: progress.update(recorder.take_tally())))
         if predictor is not None:
             report = predictor.beside(report, plan)
         print_report(report, Console())

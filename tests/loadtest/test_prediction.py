@@ -6,7 +6,7 @@ from loadtest.calibration import BatchSeen, Calibration
 from loadtest.errors import LoadtestError
 from loadtest.generator import Plan
 from loadtest.prediction import Predictor, policy_in_force
-from loadtest.recorder import Terms
+from loadtest.live_results import Terms
 from loadtest.subject import Subject
 from loadtest.surroundings import Surroundings
 from server.answer import describe_policy
@@ -56,7 +56,7 @@ def test_prediction_when_a_run_was_measured_then_it_is_of_the_same_requests_and_
     subject: Subject,
 ) -> None:
     trace = poisson_trace(300, 3.0, 1)
-    plan = Plan(trace, "trace", Terms(1.0, 5.0, 0.0), 3)
+    plan = Plan(trace, "trace", Terms(1.0, 5.0, 0.0, 99.0), 3)
     measured = predictor(subject, "fixed").predict(plan)
     after = int((trace.arrival_s >= 1.0).sum())
     assert measured.offered == after
@@ -81,7 +81,7 @@ def test_prediction_when_the_probe_saw_batches_then_the_simulated_gateway_has_le
     alone_s = subject.latency(SIZE).uniform_s(full, 1)
     trace = poisson_trace(300, 0.01, 1)
     assert len(trace)
-    plan = Plan(type(trace).of([0.0], deadline_s=[1.3 * alone_s]), "trace", Terms(0.0, 5.0, 0.0), 3)
+    plan = Plan(type(trace).of([0.0], deadline_s=[1.3 * alone_s]), "trace", Terms(0.0, 5.0, 0.0, 99.0), 3)
     seen = tuple(BatchSeen((full,), 1.5 * alone_s) for _ in range(40))
     assert predictor(subject, "fixed").predict(plan).missed_ratio == 1
     assert predictor(subject, "fixed", seen).predict(plan).shed_ratio == 1
