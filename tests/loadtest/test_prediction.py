@@ -5,8 +5,8 @@ import pytest
 from loadtest.calibration import BatchSeen, Calibration
 from loadtest.errors import LoadtestError
 from loadtest.generator import Plan
-from loadtest.prediction import Predictor, policy_in_force
 from loadtest.live_results import Terms
+from loadtest.prediction import Predictor, policy_in_force
 from loadtest.subject import Subject
 from loadtest.surroundings import Surroundings
 from server.answer import describe_policy
