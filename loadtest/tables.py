@@ -122,8 +122,8 @@ def _predicted(prediction: Prediction) -> Table:
         ("in time %", prediction.slo_attainment, percent),
         ("effective accuracy %", prediction.effective_accuracy, percent),
         ("shed %", prediction.shed_ratio, percent),
-        ("p50 ms", prediction.p50_s, _ms),
-        ("p99 ms", prediction.p99_s, _ms),
+        ("p50 ms", prediction.p50_s, milliseconds),
+        ("p99 ms", prediction.p99_s, milliseconds),
     )
     for name, each, text in rows:
         table.add_row(name, text(each.measured), text(each.predicted), text(each.difference))
