@@ -117,6 +117,12 @@ def test_run_when_the_bundle_to_predict_is_none_then_it_is_said_before_anything_
     assert "is nowhere a bundle?" in result.output
 
 
+def test_run_when_a_closed_loop_is_to_be_predicted_then_it_is_refused(url: str) -> None:
+    result = invoke("run", "--url", url, "--closed", "2", "--duration", "1", "--predict", "nowhere")
+    assert result.exit_code == 1
+    assert "--predict compares runs of one schedule" in result.output
+
+
 def test_generate_and_simulate_when_called_as_in_the_readme_then_a_report_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +138,11 @@ def test_generate_and_simulate_when_called_as_in_the_readme_then_a_report_is_pri
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "--trace FILE or --arrivals KIND"),
+        ((), "give one of --arrivals KIND with --rate and --duration, --trace FILE, and --closed USERS"),
+        (("--closed", "2"), "--closed needs --duration"),
+        (("--closed", "2", "--trace", "trace.csv"), "give one of"),
+        (("--closed", "2", "--duration", "nan"), "--duration must be finite and above 0, got nan"),
+        (("--closed", "2", "--duration", "1", "--find-max"), "--find-max needs --arrivals and --p99-ms"),
         (("--arrivals", "poisson"), "--arrivals needs --rate and --duration"),
         (("--arrivals", "poisson", "--rate", "10", "--duration", "1"), "does not answer as a gateway"),
         (("--arrivals", "poisson", "--rate", "0", "--duration", "1"), "--rate must be finite and above 0"),
