@@ -14,6 +14,7 @@ from loadtest.generator import Plan, measure
 from loadtest.images import SAMPLE, Images, load_images
 from loadtest.live_results import Terms
 from loadtest.prediction import Predictor
+from loadtest.processes import measure_in_processes
 from loadtest.progress import LiveProgress
 from loadtest.report import Report
 from loadtest.schedule import Mix
@@ -31,6 +32,7 @@ class Session:
         images: folder, data set or file; the sample of this repository where it is None.
         seed: of schedules, wishes and images.
         console: for the progress bar.
+        processes: that share a schedule.
     """
 
     url: str
@@ -38,6 +40,7 @@ class Session:
     terms: Terms
     seed: int
     console: Console
+    processes: int = 1
 
     def run(self, trace: Trace, name: str, seed: int | None = None, predict: Path | None = None) -> Report:
         """Offers a schedule, warm-up included.
@@ -52,7 +55,10 @@ class Session:
             predictor = asyncio.run(Predictor.of(self.url, Subject.load(predict), self._load, self.terms.timeout_s))
         with LiveProgress(len(trace), self.console) as progress:
             shown = progress.update
-            report = asyncio.run(measure(self.url, plan, self._load, lambda recorder: shown(recorder.take_tally())))
+            if self.processes > 1:
+                report = measure_in_processes(self.url, plan, self._load, shown, self.processes)
+            else:
+                report = asyncio.run(measure(self.url, plan, self._load, lambda recorder: shown(recorder.take_tally())))
         return report if predictor is None else predictor.beside(report, plan)
 
     def run_closed(self, users: int, duration_s: float, mix: Mix) -> Report:
