@@ -1,21 +1,18 @@
-"""Command line of the vmoe package: train and evaluate."""
+"""Command line of the vmoe package: train and evaluate; `vmoe.analysis_cli` holds the commands that analyse."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vmoe.analysis_cli import app as analysis
 from vmoe.checkpoint import check_parameters, load_checkpoint
 from vmoe.config import VARIANTS, ModelConfig, load_config
 from vmoe.data import FASHION_MNIST_DIRECTORY, FASHION_MNIST_MEAN, FASHION_MNIST_STD, check_classes, load_images
@@ -23,29 +20,18 @@ from vmoe.evaluate import evaluate as evaluate_points
 from vmoe.model import VisionTransformer
 from vmoe.operating_point import OperatingPoint, parse_point
 from vmoe.preprocess import Preprocessing
+from vmoe.terminal import clear_errors, console, device_name, main_progress
 from vmoe.train import TrainConfig, Trainer
 from vmoe.train import train as run_training
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train and evaluate V-MoE models.")
-console = Console()
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train, evaluate and analyse V-MoE models.")
+app.add_typer(analysis)
 DEFAULTS = TrainConfig()
 
 # The ladder that evaluation prints when none is given: from the cheapest useful point to beyond full capacity.
 EVALUATION_POINTS = tuple(
     OperatingPoint(capacity_factor, k) for k in (1, 2) for capacity_factor in (0.125, 0.25, 0.5, 0.75, 1.0, 1.5)
 )
-
-
-def main_progress() -> Progress:
-    """Bar with counts, remaining time and a free text field `status`."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=console,
-    )
 
 
 @app.command()
@@ -81,7 +67,7 @@ def train(
 ) -> None:
     """Trains a model; the averaged weights of the run end up in OUTPUT/checkpoint."""
     logging.basicConfig(level=logging.INFO)
-    with _clear_errors():
+    with clear_errors():
         if config is None and variant not in VARIANTS:
             raise typer.BadParameter(f"unknown variant {variant!r}; known are {', '.join(VARIANTS)}")
         settings = TrainConfig(
@@ -91,7 +77,7 @@ def train(
         model_config = VARIANTS[variant] if config is None else load_config(config)
         preprocessing = default_preprocessing(model_config)
         images, held_out = (load_images(data, preprocessing, train=part) for part in (True, False))
-        trainer = Trainer(model_config, settings, images, preprocessing, torch.device(_device(device)))
+        trainer = Trainer(model_config, settings, images, preprocessing, torch.device(device_name(device)))
         checkpoint = output / "checkpoint"
         if resume and checkpoint.exists():
             trainer.resume(checkpoint, load_checkpoint(checkpoint).state)
@@ -130,14 +116,14 @@ def evaluate(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
     """Prints top-1 accuracy and the share of assignments kept, per operating point."""
-    with _clear_errors():
+    with clear_errors():
         loaded = load_checkpoint(checkpoint)
         images = load_images(data, loaded.preprocessing, train=False)
         check_classes(images, loaded.labels)
         points: list[OperatingPoint | None] = [None]
         if loaded.config.moe is not None:
             points = [parse_point(text) for text in point] if point else list(EVALUATION_POINTS)
-        model = loaded.model().to(_device(device))
+        model = loaded.model().to(device_name(device))
         total = (len(images) if limit is None else min(limit, len(images))) * len(points)
         with main_progress() as bar:
             task = bar.add_task("evaluate", total=total, status="")
@@ -170,21 +156,5 @@ def _autocast(name: str, device: str) -> str:
     if name != "auto":
         return name
     capabilities = torch.cpu.get_capabilities()
-    fast = _device(device) != "cpu" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    fast = device_name(device) != "cpu" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return "bfloat16" if fast else "none"
-
-
-def _device(name: str) -> str:
-    if name not in ("auto", "cpu") and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise typer.BadParameter(f"device must be auto, cpu, or cuda on a machine with a GPU, got {name!r}")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-@contextlib.contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Bad input and a diverged run end with one line and exit code 1, not with a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, FloatingPointError) as error:  # CheckpointError, ConfigError, DataError: ValueErrors
-        typer.echo(f"error: {error}", err=True)  # not through rich, which reads brackets as markup
-        raise typer.Exit(1) from error
