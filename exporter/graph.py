@@ -6,6 +6,7 @@ Axes: B images, S tokens per image, N = B * S, D hidden, H heads, Q queries, d h
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +29,7 @@ def build_graph(
     input_type: InputType = "uint8",
     weight_type: WeightType = "float32",
     max_selected_experts: int | None = None,
+    class_token_shortcut: bool = True,
 ) -> ir.Model:
     """The graph of a model, see `exporter.bundle` for its inputs and outputs.
 
@@ -37,8 +39,12 @@ def build_graph(
         weight_type: `float16` and `bfloat16` halve the file; a Cast at load widens the weights, arithmetic
             stays float32.
         max_selected_experts: largest K that the graph accepts; None takes the configured K.
+        class_token_shortcut: leave out what nobody reads where the head looks at the class token alone: in the last
+            block the MLP or the experts' work of all other tokens and, if that block is dense, their queries. Routing
+            stays as it is. False is for comparison.
     """
-    return _Builder(config, state, preprocessing, input_type, weight_type, max_selected_experts).model()
+    shortcut = class_token_shortcut and config.classifier == "token"
+    return _Builder(config, state, preprocessing, input_type, weight_type, max_selected_experts, shortcut).model()
 
 
 class _Builder(Tape):
@@ -52,10 +58,11 @@ class _Builder(Tape):
         input_type: InputType,
         weight_type: WeightType,
         max_selected_experts: int | None,
+        shortcut: bool,
     ) -> None:
         super().__init__(state, weight_type)
         self.config, self.preprocessing, self.input_type = config, preprocessing, input_type
-        self.max_selected_experts = max_selected_experts
+        self.max_selected_experts, self.shortcut = max_selected_experts, shortcut
 
     def model(self) -> ir.Model:
         config, moe = self.config, self.config.moe
@@ -67,12 +74,16 @@ class _Builder(Tape):
             layers = MoeLayers(self, config, moe, inputs[1], inputs[2], self.max_selected_experts)
         tokens = self._embed(images)
         for index in range(config.num_layers):
-            name = f"blocks.{index}"
+            name, sparse = f"blocks.{index}", layers is not None and index in layers.blocks
+            only_class = self.shortcut and index == config.num_layers - 1
             normed = self.layer_norm(tokens, f"{name}.attention_norm")
-            tokens = self.op("Add", tokens, self._attention(normed, f"{name}.attention"))
+            if only_class and not sparse:
+                tokens = self.op("Add", self._class_rows(tokens), self._attention_of_class(normed, f"{name}.attention"))
+            else:  # a router ranks all tokens
+                tokens = self.op("Add", tokens, self._attention(normed, f"{name}.attention"))
             normed = self.layer_norm(tokens, f"{name}.mlp_norm")
-            if layers is not None and index in layers.blocks:
-                tokens = layers.write(normed, tokens, f"{name}.mlp")
+            if layers is not None and sparse:
+                tokens = layers.write(normed, tokens, f"{name}.mlp", only_class=only_class)
             else:
                 tokens = self.op("Add", tokens, self._mlp(normed, f"{name}.mlp"))
         outputs = [self._output("logits", self._head(tokens), ir.DataType.FLOAT, ["batch", config.num_classes])]
@@ -117,27 +128,53 @@ class _Builder(Tape):
 
     def _attention(self, rows: ir.Value, name: str) -> ir.Value:
         """(N, D) -> (N, D). The query's 1 / sqrt(head_dim) is folded into the weights that produce it."""
-        config = self.config
-        size, heads = config.hidden_size, config.num_heads
+        return self._attend(*self._project(rows, name, "query", "key", "value"), name)
+
+    def _attention_of_class(self, rows: ir.Value, name: str) -> ir.Value:
+        """(N, D) -> (B, D): what the class token of every image reads from all its tokens."""
+        (query,) = self._project(self._class_rows(rows), name, "query")
+        return self._attend(query, *self._project(rows, name, "key", "value"), name)
+
+    def _project(self, rows: ir.Value, name: str, *parts: Literal["query", "key", "value"]) -> tuple[ir.Value, ...]:
+        """(B * T, D) -> (B, T, H, d) for each of some neighbouring parts; T is S, or 1 for the query alone."""
+        size, heads, count = self.config.hidden_size, self.config.num_heads, len(parts)
         head_dim = size // heads
-        scale = np.float32(1 / math.sqrt(head_dim))
-        factor = None if config.qk_norm else np.repeat([scale, 1, 1], size).astype(np.float32)
-        weights = (
-            self.weight(f"{name}.qkv.weight", self.state[f"{name}.qkv.weight"].T, factor=factor),
-            self.weight(f"{name}.qkv.bias", factor=factor),
+        start = ("query", "key", "value").index(parts[0])
+        columns = slice(start * size, (start + count) * size)
+        factor = None
+        if parts[0] == "query" and not self.config.qk_norm:
+            factor = np.repeat([1 / math.sqrt(head_dim), 1, 1][:count], size).astype(np.float32)
+        kernel, bias = (f"{name}.qkv.{kind}" for kind in ("weight", "bias"))
+        part_of = "" if count == 3 else f".{parts[0]}"
+        product = self.op(
+            "Gemm",
+            rows,
+            self.weight(kernel + part_of, self.state[kernel][columns].T, factor=factor),
+            self.weight(bias + part_of, self.state[bias][columns], factor=factor),
         )
-        qkv = self.reshape(self.op("Gemm", rows, *weights), -1, config.tokens_per_image, 3, heads, head_dim)
-        query, key, value = (
-            self.reshape(part, -1, config.tokens_per_image, heads, head_dim)
-            for part in self.outputs(3, "Split", qkv, axis=2, num_outputs=3)
+        tokens = self.config.tokens_per_image if count > 1 else 1
+        if count == 1:
+            return (self.reshape(product, -1, tokens, heads, head_dim),)
+        product = self.reshape(product, -1, tokens, count, heads, head_dim)
+        return tuple(
+            self.reshape(part, -1, tokens, heads, head_dim)
+            for part in self.outputs(count, "Split", product, axis=2, num_outputs=count)
         )
-        if config.qk_norm:
-            query_scale = self.weight(f"{name}.query_norm.weight", factor=np.full(head_dim, scale))
+
+    def _attend(self, query: ir.Value, key: ir.Value, value: ir.Value, name: str) -> ir.Value:
+        """Query (B, T, H, d), key and value (B, S, H, d) -> (B * T, D)."""
+        head_dim = self.config.hidden_size // self.config.num_heads
+        if self.config.qk_norm:
+            query_scale = self.weight(f"{name}.query_norm.weight", factor=np.full(head_dim, 1 / math.sqrt(head_dim)))
             query = self.op("LayerNormalization", query, query_scale, axis=-1, epsilon=LAYER_NORM_EPSILON)
             key_scale = self.weight(f"{name}.key_norm.weight")
             key = self.op("LayerNormalization", key, key_scale, axis=-1, epsilon=LAYER_NORM_EPSILON)
         query = self.op("Transpose", query, perm=[0, 2, 1, 3])
         return self.linear(self._mix(query, key, value), f"{name}.out")
+
+    def _class_rows(self, rows: ir.Value) -> ir.Value:
+        """(N, D) -> (B, D)."""
+        return self.first_rows(rows, self.config.tokens_per_image, self.config.hidden_size)
 
     def _mix(self, query: ir.Value, key: ir.Value, value: ir.Value) -> ir.Value:
         """Scaled query (B, H, Q, d), key and value (B, S, H, d) -> (B * Q, D)."""
@@ -147,13 +184,12 @@ class _Builder(Tape):
         return self.reshape(self.op("Transpose", mixed, perm=[0, 2, 1, 3]), -1, self.config.hidden_size)
 
     def _head(self, tokens: ir.Value) -> ir.Value:
-        """(N, D) -> (B, num_classes)."""
+        """(N, D), or with the shortcut (B, D) of the class tokens -> (B, num_classes)."""
         config = self.config
         shape = (-1, config.tokens_per_image, config.hidden_size)
         if config.classifier == "token":
             # LayerNorm works token by token, so picking the class token first is exact and saves the others' share.
-            pooled = self.op("Gather", self.reshape(tokens, *shape), self.constant(0), axis=1)
-            pooled = self.layer_norm(pooled, "norm")
+            pooled = self.layer_norm(tokens if self.shortcut else self._class_rows(tokens), "norm")
         elif config.classifier == "gap":
             normed = self.reshape(self.layer_norm(tokens, "norm"), *shape)
             pooled = self.op("ReduceMean", normed, self.constant([1]), keepdims=0)

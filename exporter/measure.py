@@ -24,7 +24,8 @@ from exporter.profiling import (
     with_accuracy,
 )
 from exporter.session import open_session
-from vmoe.data import LabelledImages, check_classes, load_images
+from vmoe.class_subset import match_classes
+from vmoe.data import LabelledImages, load_images
 from vmoe.preprocess import Preprocessing, normalize
 
 
@@ -95,9 +96,7 @@ def measure(
 
 def labelled_images(path: Path, preprocessing: Preprocessing, labels: tuple[str, ...]) -> LabelledImages:
     """Test images of a model with these classes."""
-    data = load_images(path, preprocessing, train=False)
-    check_classes(data, labels)
-    return data
+    return match_classes(load_images(path, preprocessing, train=False), labels)
 
 
 def sample_images(preprocessing: Preprocessing, data: LabelledImages | None, count: int) -> npt.NDArray[np.uint8]:

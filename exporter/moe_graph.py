@@ -71,11 +71,12 @@ class MoeLayers:
         yield "expert_load", self.expert_load, ir.DataType.INT64, [layers, self.moe.num_experts]
         yield "token_experts", self.token_experts, ir.DataType.INT64, [layers, per_image, self.choices]
 
-    def write(self, normed: ir.Value, residual: ir.Value, name: str) -> ir.Value:
+    def write(self, normed: ir.Value, residual: ir.Value, name: str, *, only_class: bool = False) -> ir.Value:
         """The next layer: (N, D) after LayerNorm and the residual (N, D) -> the residual with the experts' work added.
 
         Arguments:
             name: of the layer in the state.
+            only_class: route all tokens, serve the first one of every image, and return (B, D) of these.
         """
         moe, selected = self.moe, self.selected
         group = moe.group_images
@@ -95,6 +96,12 @@ class MoeLayers:
         kept = self._fill(keys, slots)  # (G, E, T)
         self._record(kept, experts, selected)
         by_expert = self.reshape(self.op("Transpose", kept, perm=[1, 0, 2]), moe.num_experts, -1)  # (E, N)
+        if only_class:
+            tokens, size = self.config.tokens_per_image, self.config.hidden_size
+            normed, residual = (self.tape.first_rows(rows, tokens, size) for rows in (normed, residual))
+            gates = self.tape.first_rows(gates, tokens, moe.num_experts)
+            by_image = self.reshape(by_expert, moe.num_experts, -1, tokens)
+            by_expert = self.op("Gather", by_image, self.constant(0), axis=2)  # (E, B)
         return self._serve(normed, residual, gates, by_expert, name)
 
     def _keys(self, gates: ir.Value, selected: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -170,7 +177,7 @@ class MoeLayers:
         self.token_experts.append(self.op("Unsqueeze", served_by, self.constant([1])))  # (B, 1, S, K)
 
     def _serve(self, normed: ir.Value, residual: ir.Value, gates: ir.Value, kept: ir.Value, name: str) -> ir.Value:
-        """Serves the kept pairs: normed and residual (N, D), gates (N, E), kept (E, N) -> (N, D)."""
+        """Serves the kept pairs: normed and residual (N, D), gates (N, E), kept (E, N) -> (N, D); N may also be B."""
         sizes = self.op("ReduceSum", self.op("Cast", kept, to=ir.DataType.INT64.value), self.constant([1]), keepdims=0)
         pairs = self.op("NonZero", kept)  # (2, P): expert, token
         token = self.op("Gather", pairs, self.constant(1), axis=0)  # (P,)

@@ -106,3 +106,7 @@ class Tape:
     def layer_norm(self, rows: ir.Value, name: str) -> ir.Value:
         scale, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
         return self.op("LayerNormalization", rows, scale, bias, axis=-1, epsilon=LAYER_NORM_EPSILON)
+
+    def first_rows(self, rows: ir.Value, every: int, width: int) -> ir.Value:
+        """The first of every `every` rows: (B * every, width) -> (B, width)."""
+        return self.op("Gather", self.reshape(rows, -1, every, width), self.constant(0), axis=1)

@@ -2,7 +2,8 @@
 
 `rate_hz` is always the mean over the whole duration, so that processes of one rate differ in their shape alone. Times
 of changing rate are drawn by thinning (Lewis and Shedler 1979): a Poisson process at the highest rate, of which each
-arrival is kept with probability rate(t) / highest rate.
+arrival is kept with probability rate(t) / highest rate. Where the cumulative rate has an inverse in closed form, ramp
+and step, they are drawn by it: given their number, arrivals are independent with the cumulative rate as distribution.
 """
 
 from __future__ import annotations
@@ -102,6 +103,34 @@ def spike(
         return np.where((times >= first_s) & (times < first_s + length_s), factor, 1.0)
 
     return thinned(shape, factor, rate_hz, duration_s, generator)
+
+
+def ramp(rate_hz: float, duration_s: float, generator: np.random.Generator, *, factor: float = 10.0) -> Times:
+    """Poisson, at a rate that changes evenly until it is `factor` times the first; below 1 it falls."""
+    if factor <= 0:
+        raise ValueError(f"the factor must be above 0, got {factor}")
+    # With x = t / duration and a mean of 1: rate a + (b - a) x, a = 2 / (1 + factor), b = a factor. Its integral
+    # a x + (b - a) x^2 / 2 is solved for x in the form that also holds where a = b.
+    first = 2 / (1 + factor)
+    shares = _shares(rate_hz, duration_s, generator)
+    return duration_s * 2 * shares / (first + np.sqrt(first**2 + 2 * first * (factor - 1) * shares))
+
+
+def step(
+    rate_hz: float, duration_s: float, generator: np.random.Generator, *, factor: float = 4.0, levels: int = 2
+) -> Times:
+    """Poisson, at `levels` constant rates of equal length, evenly spaced up to `factor` times the first."""
+    if factor <= 0 or levels < 2:
+        raise ValueError(f"steps need a factor above 0 and at least 2 levels, got {factor} and {levels}")
+    cumulative = np.concatenate([[0.0], np.cumsum(np.linspace(1.0, factor, levels))])
+    times_s = np.linspace(0.0, duration_s, levels + 1)
+    shares = _shares(rate_hz, duration_s, generator)
+    return np.interp(shares, cumulative / cumulative[-1], times_s).astype(np.float64)
+
+
+def _shares(rate_hz: float, duration_s: float, generator: np.random.Generator) -> Times:
+    """(N,) ascending in [0, 1): values of the normalised cumulative rate at the arrivals of a Poisson process."""
+    return poisson(rate_hz * duration_s, 1.0, generator)
 
 
 def thinned(

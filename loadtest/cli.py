@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -16,15 +17,35 @@ from rich.progress import Progress
 from loadtest.errors import LoadtestError, TraceError
 from loadtest.oracle import oracle
 from loadtest.progress import LiveProgress
+from loadtest.public_traces import load_trace
 from loadtest.report import PolicyUsed, Report, Setup, oracle_report, summarise
-from loadtest.schedule import Kind, draw
+from loadtest.rescale import Rescaling
+from loadtest.schedule import Kind, Mix, draw
 from loadtest.simulator import Machine, simulate
 from loadtest.subject import Subject
 from loadtest.tables import print_report
-from loadtest.trace import read_trace, write_trace
+from loadtest.trace import Trace, write_trace
 
 ORACLE = "oracle"
 INVALID = 3  # exit code
+
+# Options of several commands.
+Cv = Annotated[float, typer.Option(help="gamma: coefficient of variation of the gaps.")]
+Factor = Annotated[
+    float | None,
+    typer.Option(help="on-off, spike: height of a burst; ramp, step: last rate over first. Default: 5, 10, 10, 4."),
+]
+Steps = Annotated[int, typer.Option(min=2, help="step: rates of equal length.")]
+Budget = Annotated[list[str] | None, typer.Option(help="NAME=SHARE; repeat for a mix. Default: all of budget auto.")]
+DeadlineMs = Annotated[
+    list[str] | None,
+    typer.Option(help="MILLISECONDS or MILLISECONDS=SHARE, repeated for a mix. Default: the budget's."),
+]
+Window = Annotated[
+    str | None, typer.Option(help="FROM:TO: these seconds of the trace; either may be left out.", metavar="FROM:TO")
+]
+TimeScale = Annotated[float, typer.Option(help="Length over the trace's; 0.5 is twice as fast.")]
+RateScale = Annotated[float, typer.Option(help="Requests over the trace's, in the same time.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure what a bundle and a policy can hold.")
 
@@ -32,7 +53,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure what
 @app.command("simulate")
 def simulate_command(
     bundle: Annotated[Path, typer.Option(help="Directory of an exported model with a latency profile.")],
-    trace: Annotated[Path, typer.Option(help="CSV with arrival_s and optionally budget, deadline_ms, image.")],
+    trace: Annotated[Path, typer.Option(help="Our own CSV or that of a public trace: docs/loadtest.md.")],
     policy: Annotated[
         str | None,
         typer.Option(help="Name, policy.toml, or `oracle` for an upper bound. Default: as the gateway would choose."),
@@ -44,13 +65,16 @@ def simulate_command(
     slowdown: Annotated[float, typer.Option(help="True latency over the profile's.")] = 1.0,
     slow_from_s: Annotated[float, typer.Option("--slow-from", help="Second from which it is slow.")] = 0.0,
     slow_until_s: Annotated[float, typer.Option("--slow-until", help="Second until which it is slow.")] = math.inf,
+    window: Window = None,
+    time_scale: TimeScale = 1.0,
+    rate_scale: RateScale = 1.0,
     json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
 ) -> None:
     """Runs the gateway's scheduler over TRACE on a virtual clock, with the latencies of the bundle's profile."""
     with _clear_errors():
         subject = Subject.load(bundle)
         active = subject.policy(None if policy == ORACLE else policy)
-        requests = read_trace(trace, active.budgets)
+        name, requests = _replayed(trace, Rescaling.parse(window, time_scale, rate_scale), Mix(), seed, active.budgets)
         machine = Machine(subject.latency(max_batch_size), noise, slowdown, slow_from_s, slow_until_s, seed)
         bounding = policy == ORACLE
         setup = Setup(
@@ -60,7 +84,7 @@ def simulate_command(
             ),
             bundle=str(bundle),
             manifest_sha256=subject.manifest_sha256,
-            trace=str(trace),
+            trace=name,
             trace_sha256=requests.sha256,
             workers=workers,
             max_batch_size=machine.latency.max_batch_size,
@@ -97,14 +121,16 @@ def run(
     arrivals: Annotated[Kind | None, typer.Option(help="Arrival process; needs --rate and --duration.")] = None,
     rate_hz: Annotated[float | None, typer.Option("--rate", help="Mean requests per second.")] = None,
     duration_s: Annotated[float | None, typer.Option("--duration", help="Seconds, after the warm-up.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="CSV as for `simulate`, instead of --arrivals.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="As for `simulate`, instead of --arrivals.")] = None,
+    window: Window = None,
+    time_scale: TimeScale = 1.0,
+    rate_scale: RateScale = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the schedule and of the choice of images.")] = 0,
-    cv: Annotated[float, typer.Option(help="gamma: coefficient of variation of the gaps.")] = 4.0,
-    factor: Annotated[float | None, typer.Option(help="on-off, spike: height of a burst. Default: 5, 10.")] = None,
-    budget: Annotated[
-        list[str] | None, typer.Option(help="NAME=SHARE; repeat for a mix. Default: all of budget auto.")
-    ] = None,
-    deadline_ms: Annotated[float | None, typer.Option(help="Default: the budget's.")] = None,
+    cv: Cv = 4.0,
+    factor: Factor = None,
+    steps: Steps = 2,
+    budget: Budget = None,
+    deadline_ms: DeadlineMs = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder (CLASS/FILE), IDX data set or one file. Default: the sample.")
     ] = None,
@@ -130,23 +156,15 @@ def run(
             raise LoadtestError(f"--timeout must be finite and above 0, got {timeout_s}")
         if (trace is None) == (arrivals is None):
             raise LoadtestError("give either --trace FILE or --arrivals KIND with --rate and --duration")
+        mix = Mix.parse(budget or (), deadline_ms or ())
         if trace is not None:
-            name, schedule = str(trace), read_trace(trace)
+            name, schedule = _replayed(trace, Rescaling.parse(window, time_scale, rate_scale), mix, seed)
         elif arrivals is not None:
             if rate_hz is None or duration_s is None:
                 raise LoadtestError("--arrivals needs --rate and --duration")
             name = f"{arrivals}, {rate_hz:g}/s, {duration_s:g} s, seed {seed}"
             total_s = warmup_s + duration_s
-            schedule = draw(
-                arrivals,
-                rate_hz,
-                total_s,
-                seed=seed,
-                cv=cv,
-                factor=factor,
-                budget=budget or (),
-                deadline_ms=deadline_ms,
-            )
+            schedule = draw(arrivals, rate_hz, total_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
         plan = Plan(schedule, name, Terms(warmup_s, timeout_s, grace_ms / 1000), seed)
         with LiveProgress(len(schedule), Console(stderr=True)) as progress:
             report = asyncio.run(
@@ -166,23 +184,53 @@ def generate(
     duration_s: Annotated[float, typer.Option("--duration", help="Seconds.")],
     out: Annotated[Path, typer.Option(help="CSV to write.")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    cv: Annotated[float, typer.Option(help="gamma: coefficient of variation of the gaps.")] = 4.0,
-    factor: Annotated[float | None, typer.Option(help="on-off, spike: height of a burst. Default: 5, 10.")] = None,
-    budget: Annotated[
-        list[str] | None, typer.Option(help="NAME=SHARE; repeat for a mix. Default: all of budget auto.")
-    ] = None,
-    deadline_ms: Annotated[float | None, typer.Option(help="Default: the budget's.")] = None,
+    cv: Cv = 4.0,
+    factor: Factor = None,
+    steps: Steps = 2,
+    budget: Budget = None,
+    deadline_ms: DeadlineMs = None,
 ) -> None:
     """Draws a trace; the same seed gives the same file."""
     with _clear_errors():
-        trace = draw(
-            kind, rate_hz, duration_s, seed=seed, cv=cv, factor=factor, budget=budget or (), deadline_ms=deadline_ms
-        )
-        try:
-            write_trace(out, trace)
-        except OSError as error:
-            raise TraceError(f"cannot write {out}: {error.strerror}") from error
-    Console(stderr=True).print(f"{out}: {len(trace):,} requests in {duration_s:g} s")
+        mix = Mix.parse(budget or (), deadline_ms or ())
+        trace = draw(kind, rate_hz, duration_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
+        _write_trace(out, trace)
+
+
+@app.command()
+def convert(
+    trace: Annotated[Path, typer.Argument(help="As for `simulate`.")],
+    out: Annotated[Path, typer.Option(help="CSV to write.")],
+    window: Window = None,
+    time_scale: TimeScale = 1.0,
+    rate_scale: RateScale = 1.0,
+    budget: Annotated[list[str] | None, typer.Option(help="NAME=SHARE instead of the trace's budgets.")] = None,
+    deadline_ms: Annotated[list[str] | None, typer.Option(help="MILLISECONDS=SHARE instead of the trace's.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+) -> None:
+    """Writes TRACE, or a part of it, in our own columns."""
+    with _clear_errors():
+        rescaling = Rescaling.parse(window, time_scale, rate_scale)
+        _write_trace(out, _replayed(trace, rescaling, Mix.parse(budget or (), deadline_ms or ()), seed)[1])
+
+
+def _replayed(
+    path: Path, rescaling: Rescaling, mix: Mix, seed: int, budgets: Collection[str] | None = None
+) -> tuple[str, Trace]:
+    """A description, and what is left of a trace file; `budgets` are those that it may name."""
+    generator = np.random.default_rng(seed)
+    trace = mix.applied(rescaling.applied(load_trace(path, budgets, seed=seed), generator), generator)
+    if not len(trace):
+        raise TraceError(f"{path}{rescaling} holds no requests")
+    return f"{path}{rescaling}", trace
+
+
+def _write_trace(out: Path, trace: Trace) -> None:
+    try:
+        write_trace(out, trace)
+    except OSError as error:
+        raise TraceError(f"cannot write {out}: {error.strerror}") from error
+    Console(stderr=True).print(f"{out}: {len(trace):,} requests in {trace.duration_s:.6g} s")
 
 
 def _write(path: Path, report: Report) -> None:

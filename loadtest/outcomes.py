@@ -33,6 +33,12 @@ class Outcome(IntEnum):
     SHED = 5
 
 
+REASON_CODES: Final[dict[ServeReason, int]] = {reason: code for code, reason in enumerate(SERVE_REASONS)}
+SHED_CODES: Final[dict[ShedReason, int]] = {
+    reason: int(Outcome.SHED) + code for code, reason in enumerate(SHED_REASONS)
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Outcomes:
     """N requests in order of arrival, M batches in order of their start.

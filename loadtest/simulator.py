@@ -10,6 +10,9 @@ Of two events at one instant the end of a batch comes first.
 **True latency.** A second, frozen latency model is the machine: a batch takes its median there times exp(sigma z -
 sigma^2 / 2), z standard normal and sigma the profile's spread at that batch size, so that the noise has mean 1. The
 k-th batch of every run with one seed draws the same z. The scheduler's own model knows only what it observes.
+
+**Surroundings.** A machine with `surroundings` also spends time on HTTP, decoding and answers, on an event loop that
+may compete with inference; `loadtest.surroundings` runs it. Without, a request costs nothing but its share of batches.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from loadtest.errors import LoadtestError
-from loadtest.outcomes import SERVE_REASONS, SHED_REASONS, Outcome, Outcomes
+from loadtest.outcomes import REASON_CODES, SHED_CODES, Outcome, Outcomes
+from loadtest.surroundings import SurroundedRun, Surroundings
 from loadtest.trace import Trace
 from server.budgets import Budget
 from server.deadline_queue import Request
@@ -32,8 +36,6 @@ from server.policy_file import ActivePolicy
 from server.scheduler import Batch, Scheduler
 
 _CHUNK = 1 << 14  # requests between two reports of progress, and normals drawn at once
-_REASON_CODES = {reason: code for code, reason in enumerate(SERVE_REASONS)}
-_SHED_CODES = {reason: Outcome.SHED + code for code, reason in enumerate(SHED_REASONS)}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Machine:
         noise: multiplies the spread; 0 makes every batch take its median.
         slowdown: true time over the profile's, for batches that start in [slow_from_s, slow_until_s).
         seed: of the noise.
+        surroundings: costs beside inference; None for none.
     """
 
     latency: LatencyModel
@@ -53,6 +56,7 @@ class Machine:
     slow_from_s: float = 0.0
     slow_until_s: float = math.inf
     seed: int = 0
+    surroundings: Surroundings | None = None
 
     def __post_init__(self) -> None:
         if not (self.noise >= 0 and self.slowdown > 0):
@@ -85,6 +89,8 @@ def simulate(
     active: ActivePolicy,
     machine: Machine,
     progress: Callable[[int], None] = lambda done: None,
+    *,
+    grace_s: float = 0.0,
 ) -> Outcomes:
     """Runs a trace to its end: every request gets exactly one outcome.
 
@@ -92,12 +98,16 @@ def simulate(
         scheduler: fresh, with as many workers as the machine has.
         active: gives the budgets.
         progress: called with the number of requests that have arrived, now and then.
+        grace_s: beyond the deadline, for the client of a machine with surroundings; see `report.Live`.
 
     Raises:
         LoadtestError: a budget of the trace does not exist.
     """
-    run = _Run(trace, scheduler, machine)
     budgets = budgets_of(trace, active)
+    if machine.surroundings is not None:
+        surrounded = SurroundedRun(trace, scheduler, machine.surroundings, machine.durations(), grace_s)
+        return surrounded.to_the_end(budgets, progress, _CHUNK)
+    run = _Run(trace, scheduler, machine)
     for start in range(0, len(trace), _CHUNK):
         progress(start)
         run.offer_all(start, min(start + _CHUNK, len(trace)), budgets)
@@ -152,7 +162,7 @@ class _Run:
             request = Request(now, deadline_s, budget, budget.floor, budget.ceiling, payload=index)
             refusal = scheduler.offer(request, now)
             if refusal is not None:
-                outcome[index] = _SHED_CODES[refusal.reason]
+                outcome[index] = SHED_CODES[refusal.reason]
             if scheduler.free_workers:
                 self._dispatch(now)
 
@@ -188,7 +198,7 @@ class _Run:
         self._index[part] = [request.payload for request in batch.requests]
         self._deadline[part] = [request.deadline_s for request in batch.requests]
         self._rung[part] = batch.rungs
-        self._reason[part] = [_REASON_CODES[reason] for reason in batch.reasons]
+        self._reason[part] = [REASON_CODES[reason] for reason in batch.reasons]
         self._answers = part.stop
 
     def _expire(self, request: Request, now: float) -> None:

@@ -5,7 +5,8 @@
     0.094,low,50,
 
 Seconds from the start, ascending. `budget`, `deadline_ms` and `image` are optional, as columns and in every row:
-without them a request is of budget `auto`, has the budget's own deadline, and may send any image.
+without them a request is of budget `auto`, has the budget's own deadline, and may send any image. Traces in formats of
+others: `loadtest.public_traces`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from loadtest.csv_rows import MOST_ROWS, CsvRows, Row, open_csv
 from loadtest.errors import TraceError
 from server.budgets import DEFAULT_BUDGET
 
@@ -58,6 +60,8 @@ class Trace:
         budget: npt.ArrayLike | None = None,
         budgets: Sequence[str] = (DEFAULT_BUDGET,),
         deadline_s: npt.ArrayLike | None = None,
+        image: npt.ArrayLike | None = None,
+        images: Sequence[str] = (),
     ) -> Trace:
         """From arrivals; one budget, its own deadline and any image unless told otherwise."""
         arrivals = np.asarray(arrival_s, np.float64)
@@ -69,13 +73,14 @@ class Trace:
             np.zeros(size, np.int32) if budget is None else np.asarray(budget, np.int32),
             tuple(budgets),
             np.full(size, np.nan) if deadline_s is None else np.asarray(deadline_s, np.float64),
-            np.full(size, -1, np.int32),
+            np.full(size, -1, np.int32) if image is None else np.asarray(image, np.int32),
+            tuple(images),
         )
 
     def __len__(self) -> int:
         return len(self.arrival_s)
 
-    def part(self, keep: slice, start_s: float = 0.0) -> Trace:
+    def part(self, keep: slice | npt.NDArray[np.bool_] | npt.NDArray[np.intp], start_s: float = 0.0) -> Trace:
         """Some of the requests, on a clock that starts `start_s` later."""
         return replace(
             self,
@@ -99,27 +104,25 @@ class Trace:
         return digest.hexdigest()
 
 
-def read_trace(path: Path, budgets: Collection[str] | None = None) -> Trace:
+def read_trace(path: Path, budgets: Collection[str] | None = None, most: int = MOST_ROWS) -> Trace:
     """Reads a CSV file row by row: 24 bytes of memory per request.
 
     Arguments:
         budgets: those that exist; None accepts any name.
+        most: requests.
 
     Raises:
         TraceError: the file cannot be read or holds something else than a trace.
     """
     columns = array("d"), array("i"), array("d"), array("i")
     names: tuple[dict[str, int], dict[str, int]] = ({}, {})
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            for row in _rows(path, csv.reader(file), columns[0]):
-                columns[0].append(row.arrival_s)
-                columns[1].append(_budget(row, names[0], budgets))
-                columns[2].append(row.number("deadline_ms", above=0.0) / 1000)
-                image = row.text("image")
-                columns[3].append(names[1].setdefault(image, len(names[1])) if image else -1)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TraceError(f"cannot read {path}: {error}") from error
+    with open_csv(path, most) as file:
+        for arrival_s, row in _arrivals(path, file, columns[0]):
+            columns[0].append(arrival_s)
+            columns[1].append(_budget(row, names[0], budgets))
+            columns[2].append(row.number("deadline_ms", above=0.0) / 1000)
+            image = row.text("image")
+            columns[3].append(names[1].setdefault(image, len(names[1])) if image else -1)
     return Trace(
         np.array(columns[0], np.float64),
         np.array(columns[1], np.int32),
@@ -160,58 +163,23 @@ def write_trace(path: Path, trace: Trace) -> None:
                 writer.writerow([cell for cell, wanted in zip(cells, asked, strict=True) if wanted])
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One line of the file, and how to complain about it."""
-
-    place: str
-    cells: dict[str, str]
-    arrival_s: float = 0.0
-
-    def text(self, column: str) -> str:
-        return self.cells.get(column, "").strip()
-
-    def number(self, column: str, *, above: float = -math.inf) -> float:
-        """NaN where the cell is empty."""
-        text = self.text(column)
-        if not text:
-            return math.nan
-        try:
-            value = float(text)
-        except ValueError as error:
-            raise TraceError(f"{self.place}: {column} must be a number, got {text!r}") from error
-        if not (math.isfinite(value) and value > above):
-            raise TraceError(f"{self.place}: {column} must be finite and above {above:g}, got {text}")
-        return value
-
-
-def _rows(path: Path, reader: Iterator[list[str]], arrivals: Sequence[float]) -> Iterator[_Row]:
-    """Rows with checked arrivals; blank lines are skipped."""
-    header = [name.strip() for name in next(reader, [])]
+def _arrivals(path: Path, file: CsvRows, arrivals: Sequence[float]) -> Iterator[tuple[float, Row]]:
+    """Rows with checked arrivals."""
+    header = file.header
     if "arrival_s" not in header:
         raise TraceError(f"{path}, line 1: a trace needs a column arrival_s, got {', '.join(header) or 'nothing'}")
-    if len(set(header)) < len(header):
-        raise TraceError(f"{path}, line 1: every column may stand once, got {', '.join(header)}")
     if unknown := [name for name in header if name not in COLUMNS]:
         logger.warning("%s: columns %s mean nothing here (known: %s)", path, unknown, ", ".join(COLUMNS))
-    for number, cells in enumerate(reader, 2):
-        if not cells:
-            continue
-        place = f"{path}, line {number}"
-        if len(cells) != len(header):
-            raise TraceError(f"{place}: {len(cells)} cells under a header of {len(header)}")
-        row = _Row(place, dict(zip(header, cells, strict=True)))
-        arrival_s = row.number("arrival_s")
-        if math.isnan(arrival_s):
-            raise TraceError(f"{place}: arrival_s is empty; every request needs a time in seconds")
+    for row in file:
+        arrival_s = row.needed("arrival_s")
         if arrival_s < 0:
-            raise TraceError(f"{place}: arrival_s counts from the start and must be at least 0, got {arrival_s:g}")
+            raise TraceError(f"{row.place}: arrival_s counts from the start and must be at least 0, got {arrival_s:g}")
         if arrivals and arrival_s < arrivals[-1]:
-            raise TraceError(f"{place}: arrival_s must not go back, got {arrival_s:.9g} after {arrivals[-1]:.9g}")
-        yield _Row(place, row.cells, arrival_s)
+            raise TraceError(f"{row.place}: arrival_s must not go back, got {arrival_s:.9g} after {arrivals[-1]:.9g}")
+        yield arrival_s, row
 
 
-def _budget(row: _Row, codes: dict[str, int], known: Collection[str] | None) -> int:
+def _budget(row: Row, codes: dict[str, int], known: Collection[str] | None) -> int:
     name = row.text("budget") or DEFAULT_BUDGET
     if name not in codes:
         if known is not None and name not in known:

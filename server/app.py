@@ -19,6 +19,7 @@ from server.error_handlers import install_error_handlers
 from server.gateway import Gateway
 from server.graceful_server import GracefulServer
 from server.metrics import Metrics
+from server.record import Recorder
 from server.request_context import RequestContext
 from server.routes import build_classify, build_router
 from server.settings import Settings
@@ -33,12 +34,14 @@ def create_server(settings: Settings, bundle: Bundle, backend: Backend, registry
     """The server; it warms up in the background once it runs, and drains when it stops.
 
     Raises:
-        BundleError, PolicyError: it must not listen.
+        BundleError, PolicyError, RecordError: it must not listen.
     """
     metrics = Metrics(registry, bundle.manifest.architecture.moe)
     gateway = Gateway(settings, bundle, backend, metrics)
+    # Last of all that can fail: it leaves a file behind.
+    recorder = None if settings.record is None else Recorder(settings.record, settings.record_max_bytes)
     config = uvicorn.Config(
-        _create_app(settings, gateway, metrics, registry),
+        _create_app(settings, gateway, metrics, registry, recorder),
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -51,9 +54,13 @@ def create_server(settings: Settings, bundle: Bundle, backend: Backend, registry
     return GracefulServer(config, gateway, settings.shutdown_delay_s, settings.drain_timeout_s)
 
 
-def _create_app(settings: Settings, gateway: Gateway, metrics: Metrics, registry: CollectorRegistry) -> ASGIApp:
+def _create_app(
+    settings: Settings, gateway: Gateway, metrics: Metrics, registry: CollectorRegistry, recorder: Recorder | None
+) -> ASGIApp:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if recorder is not None:
+            recorder.start()
         warm_up = asyncio.create_task(gateway.start(), name="warm-up")
         try:
             yield
@@ -61,6 +68,8 @@ def _create_app(settings: Settings, gateway: Gateway, metrics: Metrics, registry
             gateway.give_up_starting()
             await warm_up  # a runtime cannot be interrupted in the middle of a batch
             await gateway.close()
+            if recorder is not None:
+                await recorder.close()
 
     app = FastAPI(
         title="V-MoE serving",
@@ -70,7 +79,7 @@ def _create_app(settings: Settings, gateway: Gateway, metrics: Metrics, registry
     )
     install_error_handlers(app)
     limits = UploadLimits(settings.max_image_bytes, settings.max_body_bytes, settings.max_images_per_request)
-    classify = build_classify(gateway, limits, settings.request_timeout_s)
+    classify = build_classify(gateway, limits, settings.request_timeout_s, recorder)
     app.include_router(build_router(gateway, classify, registry))
     if settings.admin_key.get_secret_value():
         app.include_router(build_admin_router(gateway, settings.admin_key))

@@ -19,13 +19,14 @@ from server.app import create_server
 from server.backends.base import BackendError
 from server.backends.choice import create_backend
 from server.policy_file import PolicyError
+from server.record import RecordError
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Serves until SIGINT or SIGTERM. Exits with 2 on a bad setting, with 1 on a bad bundle, policy or backend."""
+    """Serves until SIGINT or SIGTERM. Exits with 2 on a bad setting, with 1 on anything else that is bad."""
     try:
         settings = CliApp.run(Settings, cli_args=None if arguments is None else list(arguments))
     except ValidationError as error:
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         registry = CollectorRegistry()
         backend = create_backend(settings, bundle, registry)
         server = create_server(settings, bundle, backend, registry)
-    except (BackendError, BundleError, PolicyError) as error:
+    except (BackendError, BundleError, PolicyError, RecordError) as error:
         logger.error("%s", error)
         sys.exit(1)
     with suppress(KeyboardInterrupt):  # raised again by uvicorn, once all is closed

@@ -67,6 +67,7 @@ class Engine:
         self._backend, self._scheduler, self._metrics = backend, scheduler, metrics
         self._task: asyncio.Task[None] | None = None
         self._batches: dict[Batch, asyncio.Task[None]] = {}
+        self._alarms: dict[Batch, asyncio.TimerHandle] = {}  # when the next image of a running batch is too late
         self._wake = asyncio.Event()
 
     def start(self) -> None:
@@ -93,7 +94,7 @@ class Engine:
 
         Raises:
             Unavailable: as for `check`; or the engine takes no more work, or stopped before this image's turn.
-            DeadlineExceeded: its turn would have come too late.
+            DeadlineExceeded: its turn would have come too late, or its batch takes too long for it.
             InferenceFailed: the model failed, or its answer is not finite.
             GatewayError: what the backend gave as the reason of its failure.
         """
@@ -207,6 +208,7 @@ class Engine:
                 request.payload.work.pinned or self._scheduler.ladder.rungs[rung]
                 for request, rung in zip(batch.requests, batch.rungs, strict=True)
             ]
+            self._set_alarm(batch)
             outputs = await self._backend.infer(self._join(batch, rungs))
             done_s, failed = now(), False
             # The next batch first: writing the answers of this one takes the loop milliseconds, in which the backend
@@ -222,14 +224,34 @@ class Engine:
             logger.exception("a batch of %d images failed", len(batch.requests))
             self._fail(batch.requests, InferenceFailed, "the model failed on this batch")
         finally:
+            if (alarm := self._alarms.pop(batch, None)) is not None:
+                alarm.cancel()
             if failed:
                 self._scheduler.on_batch_done(batch, now(), failed=True)
                 self._wake.set()
 
+    def _set_alarm(self, batch: Batch) -> None:
+        """For the first of those who still wait."""
+        for request in batch.requests:  # in order of deadlines
+            if not request.payload.reply.done():
+                loop = asyncio.get_running_loop()
+                self._alarms[batch] = loop.call_at(request.deadline_s + base.GRACE_S, self._expire, batch)
+                break
+
+    def _expire(self, batch: Batch) -> None:
+        """Tells those whose time is over. The batch goes on: for others, and else until its backend gives it up, which
+        must see for itself that it took too long."""
+        now = asyncio.get_running_loop().time()
+        for request in batch.requests:
+            if request.deadline_s + base.GRACE_S <= now:
+                allowed_ms = 1000 * (request.deadline_s - request.arrival_s)
+                self._fail([request], DeadlineExceeded, f"the model did not answer within {allowed_ms:g} ms")
+        self._set_alarm(batch)
+
     def _answer(self, batch: Batch, rung: Rung, outputs: base.Outputs, row: int, done_s: float) -> None:
         request = batch.requests[row]
         job: _Job = request.payload
-        if job.reply.done():  # the client went away while the batch ran
+        if job.reply.done():  # the client went away while the batch ran, or was told that it takes too long
             return
         if not np.isfinite(outputs.logits[row]).all():
             self._fail([request], InferenceFailed, "the model's answer for this image is not finite")
@@ -265,7 +287,7 @@ class Engine:
     def _fail(self, requests: Sequence[Request], error: type[GatewayError], detail: str) -> None:
         for request in requests:
             reply: asyncio.Future[Inference] = request.payload.reply
-            if reply.done():  # the client has gone, and was counted
+            if reply.done():  # the client has gone, or has been told, and was counted
                 continue
             # An instance each: raising one object in several tasks would grow one shared traceback.
             reply.set_exception(error(detail))

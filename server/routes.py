@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import nullcontext
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query
@@ -19,6 +20,7 @@ from server.decode import MEDIA_TYPES
 from server.gateway import Gateway
 from server.problems import describe_error, problem_responses
 from server.query import ClassifyQuery, interpret
+from server.record import Recorder
 from server.request_context import CLASSIFY_PATH, request_id_of, set_budget
 from server.schemas import Classification, Classifications, Health, ImageFailure, Models, PolicyBody, Result
 from server.upload import FIELD, UploadLimits, read_uploads
@@ -66,7 +68,9 @@ _CLASSIFY_ERRORS = (
 ClassifyEndpoint = Callable[[Request, ClassifyQuery], Awaitable[Response]]
 
 
-def build_classify(gateway: Gateway, limits: UploadLimits, request_timeout_s: float) -> ClassifyEndpoint:
+def build_classify(
+    gateway: Gateway, limits: UploadLimits, request_timeout_s: float, recorder: Recorder | None
+) -> ClassifyEndpoint:
     """The endpoint of `CLASSIFY_PATH`; raises `GatewayError`."""
     manifest = gateway.bundle.manifest
 
@@ -77,19 +81,22 @@ def build_classify(gateway: Gateway, limits: UploadLimits, request_timeout_s: fl
         in its place. `budget` says between which operating points an image may be served, and how soon (see
         `/v1/policy`); `capacity_factor` with `num_selected_experts` sets one point by hand. The deadline runs from the
         end of the upload. An image that cannot meet it is refused at once, with `Retry-After`; one that turns out late
-        is answered all the same, with `deadline_met` false.
+        by up to 50 ms is answered all the same, with `deadline_met` false, and one that would be later gets 504.
         """
         loop = asyncio.get_running_loop()
         arrival_s = loop.time()
         ask = interpret(query, gateway.policy, manifest, gateway.ladder, request_timeout_s)
         set_budget(request.scope, ask.budget.name)
         gateway.check_admits()
-        with gateway.admission.permit(ask.budget.name) as permit:
+        note = nullcontext() if recorder is None else recorder.arrival(arrival_s, ask.budget.name, query.deadline_ms)
+        with note as arrival, gateway.admission.permit(ask.budget.name) as permit:
             try:
                 async with asyncio.timeout_at(arrival_s + request_timeout_s):
                     uploads = await read_uploads(request, limits, permit)
             except TimeoutError as error:
                 raise errors.UploadTimeout(f"the body did not arrive within {request_timeout_s:g} s") from error
+            if arrival is not None:
+                arrival.uploaded(len(uploads))
             outcomes = await _while_connected(request, gateway.classify(uploads, ask, arrival_s))
         request_id = request_id_of(request.scope)
         if len(outcomes) == 1:

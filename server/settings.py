@@ -56,6 +56,13 @@ class Settings(BaseSettings):
         default=SecretStr(""), description="bearer token of /v1/admin; empty switches it off. Better set by environment"
     )
 
+    record: Path | None = Field(
+        default=None, description="file to write the arrivals of /classify to, as a trace for `python -m loadtest`"
+    )
+    record_max_bytes: int = Field(
+        default=256 * _MIB, ge=1, description="size at which the recording ends; a row takes about 20 bytes"
+    )
+
     max_queue_images: int = Field(default=512, ge=1, description="images admitted and not yet answered")
     max_queue_bytes: int = Field(
         default=256 * _MIB, ge=1, description="bytes held by uploads not yet answered, and by decoded images that wait"

@@ -1,10 +1,10 @@
-"""Command line of the vmoe package: train and evaluate; `vmoe.analysis_cli` holds the commands that analyse."""
+"""Command line of the vmoe package: train, evaluate and transfer; `vmoe.analysis_cli` has what analyses models."""
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,20 +12,23 @@ import torch
 import typer
 from rich.table import Table
 
+from vmoe import fewshot_cli
 from vmoe.analysis_cli import app as analysis
 from vmoe.checkpoint import check_parameters, load_checkpoint
+from vmoe.class_subset import choose_classes, match_classes
 from vmoe.config import VARIANTS, ModelConfig, load_config
-from vmoe.data import FASHION_MNIST_DIRECTORY, FASHION_MNIST_MEAN, FASHION_MNIST_STD, check_classes, load_images
+from vmoe.data import FASHION_MNIST_DIRECTORY, FASHION_MNIST_MEAN, FASHION_MNIST_STD, load_images
 from vmoe.evaluate import evaluate as evaluate_points
 from vmoe.model import VisionTransformer
 from vmoe.operating_point import OperatingPoint, parse_point
 from vmoe.preprocess import Preprocessing
-from vmoe.terminal import clear_errors, console, device_name, main_progress
+from vmoe.terminal import choose_autocast, choose_device, clear_errors, console, count_progress
 from vmoe.train import TrainConfig, Trainer
 from vmoe.train import train as run_training
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train, evaluate and analyse V-MoE models.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train, evaluate and transfer V-MoE models.")
 app.add_typer(analysis)
+app.command("fewshot")(fewshot_cli.fewshot)
 DEFAULTS = TrainConfig()
 
 # The ladder that evaluation prints when none is given: from the cheapest useful point to beyond full capacity.
@@ -40,6 +43,9 @@ def train(
     data: Annotated[Path, typer.Option(help="IDX directory or image folder.")] = FASHION_MNIST_DIRECTORY,
     variant: Annotated[str, typer.Option(help=f"Named configuration: {', '.join(VARIANTS)}.")] = "vmoe_fashion_mnist",
     config: Annotated[Path | None, typer.Option(help="Model configuration (JSON) instead of a variant.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Only these classes of the data, such as 0-4 or 0,2,5-7; the head fits them.")
+    ] = None,
     epochs: int = DEFAULTS.epochs,
     batch_size: int = DEFAULTS.batch_size,
     learning_rate: float = DEFAULTS.learning_rate,
@@ -72,12 +78,17 @@ def train(
             raise typer.BadParameter(f"unknown variant {variant!r}; known are {', '.join(VARIANTS)}")
         settings = TrainConfig(
             epochs, batch_size, learning_rate, warmup_steps, weight_decay, label_smoothing, mixup, average_decay, flip,
-            shift, scale, erase, adaptive, adaptive_min_capacity_factor, _autocast(autocast, device), clip_norm, seed,
+            shift, scale, erase, adaptive, adaptive_min_capacity_factor, choose_autocast(autocast, device), clip_norm,
+            seed,
         )  # fmt: skip
         model_config = VARIANTS[variant] if config is None else load_config(config)
         preprocessing = default_preprocessing(model_config)
-        images, held_out = (load_images(data, preprocessing, train=part) for part in (True, False))
-        trainer = Trainer(model_config, settings, images, preprocessing, torch.device(device_name(device)))
+        images, held_out = (
+            choose_classes(load_images(data, preprocessing, train=part), classes) for part in (True, False)
+        )
+        if classes is not None:
+            model_config = replace(model_config, num_classes=len(images.labels))
+        trainer = Trainer(model_config, settings, images, preprocessing, torch.device(choose_device(device)))
         checkpoint = output / "checkpoint"
         if resume and checkpoint.exists():
             trainer.resume(checkpoint, load_checkpoint(checkpoint).state)
@@ -94,7 +105,7 @@ def train(
             found = evaluate_points(model, held_out, preprocessing, points, limit=2000)
             return {f"accuracy_{result.point}": result.accuracy for result in found}
 
-        with main_progress() as bar:
+        with count_progress() as bar:
             task = bar.add_task("train", total=trainer.num_steps, completed=trainer.step, status="")
 
             def report(step: int, values: dict[str, float]) -> None:
@@ -118,14 +129,13 @@ def evaluate(
     """Prints top-1 accuracy and the share of assignments kept, per operating point."""
     with clear_errors():
         loaded = load_checkpoint(checkpoint)
-        images = load_images(data, loaded.preprocessing, train=False)
-        check_classes(images, loaded.labels)
+        images = match_classes(load_images(data, loaded.preprocessing, train=False), loaded.labels)
         points: list[OperatingPoint | None] = [None]
         if loaded.config.moe is not None:
             points = [parse_point(text) for text in point] if point else list(EVALUATION_POINTS)
-        model = loaded.model().to(device_name(device))
+        model = loaded.model().to(choose_device(device))
         total = (len(images) if limit is None else min(limit, len(images))) * len(points)
-        with main_progress() as bar:
+        with count_progress() as bar:
             task = bar.add_task("evaluate", total=total, status="")
             results = evaluate_points(
                 model, images, loaded.preprocessing, points, limit=limit, advance=lambda n: bar.advance(task, n)
@@ -149,12 +159,3 @@ def default_preprocessing(config: ModelConfig) -> Preprocessing:
     if config.channels == 1:
         return Preprocessing(config.image_size, 1, FASHION_MNIST_MEAN, FASHION_MNIST_STD)
     return Preprocessing(config.image_size, 3, (0.5,) * 3, (0.5,) * 3)
-
-
-def _autocast(name: str, device: str) -> str:
-    """bfloat16 on GPUs and on CPUs that multiply it in hardware; elsewhere it is emulated and much slower."""
-    if name != "auto":
-        return name
-    capabilities = torch.cpu.get_capabilities()
-    fast = device_name(device) != "cpu" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return "bfloat16" if fast else "none"

@@ -51,6 +51,11 @@ class LabelledImages(Protocol):
     @property
     def labels(self) -> tuple[str, ...]: ...
 
+    @property
+    def targets(self) -> npt.NDArray[np.int64]:
+        """Class of every image: (N,)."""
+        ...
+
     def __len__(self) -> int: ...
 
     def read(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -73,6 +78,30 @@ class IdxImages:
         return self.images[indices], self.targets[indices]
 
 
+@dataclass(frozen=True)
+class FittedImages:
+    """An IDX data set whose images get another size, or colour, when they are read."""
+
+    source: IdxImages
+    preprocessing: Preprocessing
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.source.labels
+
+    @property
+    def targets(self) -> npt.NDArray[np.int64]:
+        return self.source.targets
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        images, targets = self.source.read(indices)
+        fitted = [fit(Image.fromarray(image[..., 0]), self.preprocessing) for image in images]
+        return np.stack(fitted), targets
+
+
 class ImageFolder:
     """`root/<class name>/<image file>`; classes are numbered in alphabetical order. Files are decoded when read."""
 
@@ -83,14 +112,16 @@ class ImageFolder:
         if not classes:
             raise DataError(f"{root} holds no sub-folders; expected one per class: {root}/<class name>/<image file>")
         self.labels = tuple(path.name for path in classes)
-        self._files = [
+        found = [
             (file, index)
             for index, folder in enumerate(classes)
             for file in sorted(folder.rglob("*"))
             if file.suffix.lower() in _IMAGE_SUFFIXES
         ]
-        if not self._files:
+        if not found:
             raise DataError(f"{root} holds no images; known suffixes are {sorted(_IMAGE_SUFFIXES)}")
+        self._files = [file for file, _ in found]
+        self.targets = np.array([index for _, index in found], dtype=np.int64)
         self._preprocessing = preprocessing
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
@@ -98,9 +129,8 @@ class ImageFolder:
         return len(self._files)
 
     def read(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        chosen = [self._files[index] for index in indices]
-        images = np.stack(list(self._pool.map(self._decode, [file for file, _ in chosen])))
-        return images, np.array([target for _, target in chosen], dtype=np.int64)
+        images = np.stack(list(self._pool.map(self._decode, [self._files[index] for index in indices])))
+        return images, self.targets[indices]
 
     def _decode(self, file: Path) -> npt.NDArray[np.uint8]:
         try:
@@ -132,11 +162,14 @@ def load_idx(directory: Path, split: str) -> IdxImages:
 def load_images(path: Path, preprocessing: Preprocessing, *, train: bool) -> LabelledImages:
     """A data set from a path: a directory of IDX files, or a folder with one sub-folder per class.
 
-    A folder may hold the splits `train` and `val` (or `test`), each with the classes.
+    A folder may hold the splits `train` and `val` (or `test`), each with the classes. Images of another size than the
+    model's are fitted.
     """
     split = "train" if train else "t10k"
     if any(path.glob("*-images-idx3-ubyte*")):
-        return load_idx(path, split)
+        images = load_idx(path, split)
+        fits = images.images.shape[1:] == (*preprocessing.image_size, preprocessing.channels)
+        return images if fits else FittedImages(images, preprocessing)
     for name in ("train",) if train else ("val", "test"):
         if (path / name).is_dir():
             return ImageFolder(path / name, preprocessing)
@@ -144,19 +177,6 @@ def load_images(path: Path, preprocessing: Preprocessing, *, train: bool) -> Lab
     if other.is_dir() and any(child.is_dir() for child in other.iterdir()):
         raise DataError(f"{path} has a split {other.name!r} but no {'train' if train else 'val or test'}")
     return ImageFolder(path, preprocessing)
-
-
-def check_classes(images: LabelledImages, labels: tuple[str, ...]) -> None:
-    """Refuses data with another number of classes than the model: its class numbers would mean something else.
-
-    Raises:
-        DataError: names both numbers.
-    """
-    if len(images.labels) != len(labels):
-        raise DataError(
-            f"the data have {len(images.labels)} classes, the model has {len(labels)}; a folder must hold a sub-folder "
-            "for every class of the model"
-        )
 
 
 def _read_idx(directory: Path, name: str, dimensions: int) -> npt.NDArray[np.uint8]:

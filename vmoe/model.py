@@ -45,11 +45,13 @@ class ModelOutput:
     logits: (B, num_classes).
     auxiliary_loss: scalar, sum over MoE layers; 0 outside training.
     statistics: on request.
+    features: (B, D) or (B, representation_size), what the head sees.
     """
 
     logits: Tensor
     auxiliary_loss: Tensor
     statistics: RoutingStatistics | None
+    features: Tensor
 
 
 class SelfAttention(nn.Module):
@@ -205,12 +207,13 @@ class VisionTransformer(nn.Module):
                 tokens = tokens + layer.hidden
             else:
                 tokens = tokens + block.mlp(normed)
-        logits = self.head(self.features(self.norm(tokens)))
+        features = self.features(self.norm(tokens))
+        logits = self.head(features)
         auxiliary_loss = sum((layer.auxiliary_loss for layer in layers), start=logits.new_zeros(()))
         statistics = None
         if with_statistics and num_selected_experts is not None:
             statistics = _statistics(layers, num_selected_experts, images.shape[0])
-        return ModelOutput(logits, auxiliary_loss, statistics)
+        return ModelOutput(logits, auxiliary_loss, statistics, features)
 
     def tokens(self, images: Tensor) -> Tensor:
         """Patch and position embedding: (B, H, W, C) -> (B, S, D)."""

@@ -1,4 +1,4 @@
-"""What the commands of this package share: progress bar, choice of the device, errors as one line."""
+"""What the commands of `python -m vmoe` share: progress bars, the choice of a device, errors in one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console()
 
 
-def main_progress() -> Progress:
+def count_progress() -> Progress:
     """Bar with counts, remaining time and a free text field `status`."""
     return Progress(
         TextColumn("{task.description}"),
@@ -25,8 +25,17 @@ def main_progress() -> Progress:
     )
 
 
-def device_name(name: str) -> str:
-    """`cpu` or a CUDA device from what `--device` takes; `auto` is a GPU where there is one."""
+def choose_autocast(name: str, device: str) -> str:
+    """bfloat16 on GPUs and on CPUs that multiply it in hardware; elsewhere it is emulated and much slower."""
+    if name != "auto":
+        return name
+    capabilities = torch.cpu.get_capabilities()
+    fast = choose_device(device) != "cpu" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bfloat16" if fast else "none"
+
+
+def choose_device(name: str) -> str:
+    """`cpu`, `cuda` or `cuda:N` from what the user gave; `auto` is a GPU where there is one."""
     if name not in ("auto", "cpu") and not (name.startswith("cuda") and torch.cuda.is_available()):
         raise typer.BadParameter(f"device must be auto, cpu, or cuda on a machine with a GPU, got {name!r}")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

@@ -51,6 +51,7 @@ def graph_of(checkpoint: Checkpoint, max_selected_experts: int | None = None, **
         input_type="float32" if options.get("input_type") == "float32" else "uint8",
         weight_type=weight_type,
         max_selected_experts=max_selected_experts,
+        class_token_shortcut=options.get("class_token_shortcut") != "no",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,10 @@ CONFIGS = {
     "groups of two images": with_moe(group_images=2),
     "groups of two images, vanilla": with_moe(group_images=2, routing="vanilla"),
     "every block": with_moe(layers=(0, 1, 2)),
+    "dense last block": with_moe(layers=(0, 1)),
+    "dense last block, qk-norm": replace(with_moe(layers=(0, 1)), qk_norm=True),
 }
+FIRST_PRODUCT = re.compile(r"blocks\.2\.mlp\..*(weight_in|linear_in\.weight)")  # of the last MLP, or of its experts
 
 
 def random_points(config: ModelConfig, batch: int, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -71,6 +75,41 @@ def test_dense_model_has_images_and_logits_alone_and_equals_pytorch(tmp_path: Pa
     (logits,) = session.run(None, {"images": images})
     expected = checkpoint.model()(torch.from_numpy(normalize(images, checkpoint.preprocessing)))
     np.testing.assert_allclose(logits, expected.logits.numpy(), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, with_moe(layers=(0, 1)), with_moe(group_images=2), replace(SMALL, moe=None)],
+    ids=["sparse", "dense last block", "groups of two images", "dense"],
+)
+def test_class_token_shortcut_changes_no_output_and_serves_the_class_tokens_alone(
+    config: ModelConfig, tmp_path: Path
+) -> None:
+    checkpoint, batch = random_checkpoint(config), 4
+    feeds: dict[str, npt.NDArray[np.generic]] = {"images": pixels(config, batch)}
+    if config.moe is not None:
+        feeds |= {"slots": np.full((batch, 2), 3), "num_selected_experts": np.full((batch, 1), 2)}
+    found, rows = [], []
+    for shortcut in ("yes", "no"):
+        graph = graph_of(checkpoint, max_selected_experts=2, class_token_shortcut=shortcut)
+        names = [value.name for value in graph.graph.outputs]
+        products = [
+            node.outputs[0]
+            for node in graph.graph
+            if node.op_type == "Gemm" and FIRST_PRODUCT.fullmatch(node.inputs[1].name)
+        ]
+        for number, product in enumerate(products):
+            product.type, product.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([f"rows {number}", config.mlp_dim])
+        graph.graph.outputs.extend(products)
+        outputs = session_of(graph, tmp_path / f"{shortcut}.onnx").run(None, feeds)
+        found.append(dict(zip(names, outputs, strict=False)))
+        rows.append(sum(len(product) for product in outputs[len(names) :]))
+    np.testing.assert_allclose(found[0]["logits"], found[1]["logits"], rtol=0, atol=1e-5)
+    for name in found[1].keys() - {"logits"}:
+        np.testing.assert_array_equal(found[0][name], found[1][name], name)
+    sparse = config.moe is not None and 2 in config.moe.layers
+    assert 0 < rows[0] <= batch * (2 if sparse else 1)
+    assert rows[1] > 2 * rows[0]
 
 
 def test_image_in_any_company_answers_as_alone_to_the_bit(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ RANDOM: dict[str, Draw] = {
     "on-off": lambda generator: arrivals.on_off(RATE_HZ, DURATION_S, generator),
     "diurnal": lambda generator: arrivals.diurnal(RATE_HZ, DURATION_S, generator),
     "spike": lambda generator: arrivals.spike(RATE_HZ, DURATION_S, generator),
+    "ramp": lambda generator: arrivals.ramp(RATE_HZ, DURATION_S, generator),
+    "step": lambda generator: arrivals.step(RATE_HZ, DURATION_S, generator, levels=3),
 }
 
 
@@ -83,6 +85,43 @@ def test_spike_when_drawn_then_it_lies_a_third_into_the_trace(seed: int) -> None
     assert spike == pytest.approx(7692, abs=4 * math.sqrt(7692))
 
 
+def ramp_share(times_s: np.ndarray, factor: float) -> np.ndarray:
+    """Of the arrivals until then: the integral of a rate that goes from 2 / (1 + factor) to `factor` times that."""
+    x = times_s / DURATION_S
+    return (2 * x + (factor - 1) * x**2) / (1 + factor)
+
+
+def step_share(times_s: np.ndarray, factor: float) -> np.ndarray:
+    """The same for two levels, 1 and `factor`."""
+    x = times_s / DURATION_S
+    return np.where(x < 0.5, x, 0.5 + factor * (x - 0.5)) / (0.5 + factor / 2)
+
+
+@pytest.mark.parametrize("factor", [0.2, 1.0, 10.0])
+@pytest.mark.parametrize(("process", "share"), [(arrivals.ramp, ramp_share), (arrivals.step, step_share)])
+def test_ramp_and_step_when_drawn_on_many_seeds_then_arrivals_follow_the_cumulative_rate(
+    process: Callable[..., arrivals.Times], share: Callable[..., np.ndarray], factor: float
+) -> None:
+    passed = []
+    for seed in range(100):
+        times = process(RATE_HZ / 10, DURATION_S, np.random.default_rng(seed), factor=factor)
+        ranks = np.arange(len(times) + 1) / len(times)
+        expected = share(times, factor)
+        distance = max(np.abs(expected - ranks[1:]).max(), np.abs(expected - ranks[:-1]).max())
+        passed.append(math.sqrt(len(times)) * distance < 1.358)  # Kolmogorov-Smirnov, 5 %
+    # Binomial(100, 0.95): standard deviation 2.2, so 86 is 4 of them below its mean, and 100 may happen.
+    assert sum(passed) > 86
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_step_when_it_has_three_levels_then_each_holds_its_share(seed: int) -> None:
+    times = arrivals.step(RATE_HZ, DURATION_S, np.random.default_rng(seed), factor=4, levels=3)
+    counts, _ = np.histogram(times, 3, (0, DURATION_S))
+    # Levels 1, 2.5 and 4 of 7.5: 4000, 10,000 and 16,000 of 30,000.
+    for count, expected in zip(counts, (4_000, 10_000, 16_000), strict=True):
+        assert count == pytest.approx(expected, abs=4 * math.sqrt(expected))
+
+
 def test_constant_when_drawn_then_gaps_are_equal() -> None:
     assert arrivals.constant(4, 1).tolist() == [0, 0.25, 0.5, 0.75]
 
@@ -93,3 +132,7 @@ def test_arrivals_when_parameters_make_no_process_then_the_message_says_what_wou
         arrivals.gamma(1, 1, 0, generator)
     with pytest.raises(ValueError, match="between 0 and 1, got 2"):
         arrivals.diurnal(1, 1, generator, amplitude=2)
+    with pytest.raises(ValueError, match="factor must be above 0, got -1"):
+        arrivals.ramp(1, 1, generator, factor=-1)
+    with pytest.raises(ValueError, match="at least 2 levels, got 4 and 1"):
+        arrivals.step(1, 1, generator, factor=4, levels=1)

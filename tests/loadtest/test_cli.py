@@ -14,6 +14,8 @@ from loadtest.cli import app
 from loadtest.report import Report
 from tests.loadtest.conftest import SHIPPED
 
+SAMPLES = Path(__file__).parents[1] / "data" / "traces"
+
 
 def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -112,7 +114,7 @@ def test_simulate_when_asked_for_the_impossible_then_one_line_says_what_would_be
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("kind", ["constant", "poisson", "gamma", "on-off", "diurnal", "spike"])
+@pytest.mark.parametrize("kind", ["constant", "poisson", "gamma", "on-off", "diurnal", "spike", "ramp", "step"])
 def test_generate_when_repeated_with_the_same_seed_then_the_file_is_the_same(kind: str, tmp_path: Path) -> None:
     texts = []
     for number in range(2):
@@ -133,6 +135,8 @@ def test_generate_when_repeated_with_the_same_seed_then_the_file_is_the_same(kin
         (("--rate", "0"), "--rate must be finite and above 0, got 0"),
         (("--budget", "low=much"), "NAME=SHARE with a number above 0, got 'low=much'"),
         (("--budget", "low=-1"), "NAME=SHARE with a number above 0, got 'low=-1'"),
+        (("--deadline-ms", "soon"), "--deadline-ms must be finite and above 0, got soon"),
+        (("--deadline-ms", "50=most"), "MILLISECONDS=SHARE with a number above 0, got '50=most'"),
     ],
 )
 def test_generate_when_options_make_no_trace_then_the_error_says_why(
@@ -142,6 +146,33 @@ def test_generate_when_options_make_no_trace_then_the_error_says_why(
     result = invoke("generate", "poisson", *(part for pair in arguments.items() for part in pair))
     assert result.exit_code == 1
     assert message in result.output
+
+
+def test_convert_when_given_a_public_trace_then_our_own_columns_are_written(tmp_path: Path) -> None:
+    source, out = SAMPLES / "azure_functions_2021.txt", tmp_path / "trace.csv"
+    wishes = ("--budget", "low", "--deadline-ms", "50")
+    result = invoke("convert", source, "--out", out, "--window", "0.5:2", "--time-scale", 2, *wishes)
+    assert result.exit_code == 0, result.output
+    # Arrivals at 0, 0.5, 1 and 2.125 s.
+    assert out.read_text() == "arrival_s,budget,deadline_ms\n0.000000000,low,50\n1.000000000,low,50\n"
+
+
+def test_convert_when_nothing_is_left_then_the_error_names_the_window(tmp_path: Path) -> None:
+    out = tmp_path / "trace.csv"
+    result = invoke("convert", SAMPLES / "azure_llm_2023.csv", "--window", "50:", "--out", out)
+    assert result.exit_code == 1
+    assert "azure_llm_2023.csv, window 50:inf s holds no requests" in result.output
+    assert not out.exists()
+
+
+def test_simulate_when_the_trace_is_a_public_one_then_the_report_says_what_was_changed(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    options = ("--rate-scale", 100, "--window", ":1", "--json", out)
+    result = invoke("simulate", "--bundle", SHIPPED, "--trace", SAMPLES / "burst_gpt_3.csv", *options)
+    assert result.exit_code == 0, result.output
+    report = Report.model_validate_json(out.read_text())
+    assert report.offered == 100
+    assert report.setup.trace.endswith("burst_gpt_3.csv, window 0:1 s, rate scale 100")
 
 
 def test_loadtest_when_imported_then_torch_and_matplotlib_are_not() -> None:

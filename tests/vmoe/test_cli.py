@@ -174,9 +174,9 @@ def test_train_with_a_batch_larger_than_the_data_is_refused(root: Path) -> None:
     assert "batch_size 25 is larger than the data set of 24 images" in refused(train(root, settings=settings))
 
 
-def test_train_of_a_model_for_images_of_another_size_is_refused(root: Path) -> None:
-    config = replace(CONFIG, image_size=(12, 12))
-    assert "images must have shape ('B', 12, 12, 1), got (6, 8, 8, 1)" in refused(train(root, config=config))
+def test_train_of_a_model_for_images_of_another_size_fits_them(root: Path) -> None:
+    assert train(root, config=replace(CONFIG, image_size=(12, 12))).exit_code == 0
+    assert load_checkpoint(root / "run" / "checkpoint").preprocessing.image_size == (12, 12)
 
 
 def test_train_of_a_model_with_another_number_of_classes_is_refused(root: Path) -> None:

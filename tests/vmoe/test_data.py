@@ -44,6 +44,17 @@ def test_load_idx_of_ten_classes_names_them_after_fashion_mnist(tmp_path: Path) 
     assert load_idx(tmp_path, "train").labels == FASHION_MNIST_LABELS
 
 
+def test_load_images_of_an_idx_data_set_of_another_size_fits_every_image(tmp_path: Path) -> None:
+    write_idx(tmp_path, "train", data_of(7))
+    found = load_images(tmp_path, Preprocessing((12, 16), 3, (0.5,) * 3, (0.5,) * 3), train=True)
+    images, targets = found.read(np.array([5, 0]))
+    assert images.shape == (2, 12, 16, 3)
+    assert targets.tolist() == found.targets[[5, 0]].tolist() == [2, 0]
+    assert len(found) == 7
+    # The classes are 216 and 40 bright, noise of up to 20 averages out.
+    assert images.mean((1, 2, 3)) == pytest.approx([216, 40], abs=8)
+
+
 def test_load_idx_of_a_missing_file_names_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\[.gz\] does not exist; for Fashion-MNIST install"):
         load_idx(tmp_path, "t10k")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from exporter.bundle import Manifest
-from server.backends.base import BackendError, Batch, Outputs
+from server.backends.base import GRACE_S, BackendError, Batch, Outputs
 from server.backends.triton.contract import ServedModel, check_contract
 from server.backends.triton.endpoint import Endpoint
 from server.backends.triton.failure import CallFailed, Failure
@@ -20,8 +20,6 @@ from server.metrics import BackendMetrics
 
 logger = logging.getLogger(__name__)
 
-# An answer that is late by less is delivered, as by the embedded engine. Chosen, not tuned.
-GRACE_S: Final = 0.05
 # A server that is computing on every core may be slow to answer one probe.
 MISSED_PROBES: Final = 2
 
