@@ -109,6 +109,8 @@ def describe_policy(policy: ActivePolicy, scheduler: Scheduler, now: float) -> P
         parameters=policy.parameters,
         quantile=policy.config.quantile,
         source=policy.source,
+        max_batch_size=scheduler.limits.max_batch_size,
+        workers=scheduler.workers,
         budgets=_budgets(policy, scheduler.ladder),
         state=QueueState(
             waiting_images=len(queue),

@@ -6,12 +6,15 @@ clients.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from server.backends.base import Outputs
 from server.backends.triton.breaker import BREAKER_STATES, BreakerState
@@ -146,6 +149,7 @@ class Metrics:
             ("vmoe_latency_scale_ratio", "This machine's time over the profile's.", lambda: scheduler.latency.scale),
         ):
             Gauge(name, text, registry=self._registry).set_function(value)
+        self._registry.register(_LoopTime())
 
     def admitted(self, budget: str) -> None:
         series = self._of(budget)
@@ -266,6 +270,17 @@ class BackendMetrics:
 
     def fell_back(self) -> None:
         self._fallback.inc()
+
+
+class _LoopTime(Collector):
+    """Processor time of the thread that scrapes: the event loop's. The loop is one thread, so 1 s per second is all."""
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        text = "Processor time of the event loop: all but inference and decoding."
+        yield CounterMetricFamily("vmoe_event_loop_cpu_seconds", text, value=time.thread_time())
+
+    def describe(self) -> Iterator[CounterMetricFamily]:
+        return self.collect()
 
 
 def _is_in(endpoint: Endpoint, state: BreakerState) -> float:

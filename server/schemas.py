@@ -182,5 +182,7 @@ class PolicyBody(_Body):
     parameters: dict[str, float]
     quantile: float = Field(description="of predicted latency, on which admission relies")
     source: str = Field(description="the file, or the default that it came from")
+    max_batch_size: int = Field(description="images per batch")
+    workers: int = Field(description="batches that may run at once, now")
     budgets: dict[str, BudgetBody]
     state: QueueState

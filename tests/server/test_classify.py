@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -239,13 +240,13 @@ def scrape(client: httpx.Client) -> dict[tuple[str, frozenset[tuple[str, str]]],
 def test_metrics_when_requests_were_served_then_each_series_moved_by_what_happened(
     client: httpx.Client, shipped: Bundle
 ) -> None:
-    before = scrape(client)
+    before, started_s = scrape(client), time.perf_counter()
     low = frontier(shipped.manifest.points)[0]
     answer = classify(client, make_image(0), budget="low")
     classify(client, make_image(0), **UNMEASURED)
     client.post("/classify?budget=huge", content=make_image(0), headers=PNG)
     client.post("/classify?budget=max", content=b"text", headers=PNG)
-    after = scrape(client)
+    after, elapsed_s = scrape(client), time.perf_counter() - started_s
 
     def moved(name: str, **labels: str) -> float:
         key = (name, frozenset(labels.items()))
@@ -259,6 +260,8 @@ def test_metrics_when_requests_were_served_then_each_series_moved_by_what_happen
     assert moved("vmoe_request_seconds_count", budget="low") == 1
     for stage in ("decode", "queue", "inference", "total"):
         assert moved("vmoe_stage_seconds_count", stage=stage) == 2
+    # Its thread alone: it may have been busy all the time, and not longer.
+    assert 0 < moved("vmoe_event_loop_cpu_seconds_total") <= elapsed_s
     assert moved("vmoe_batch_size_count") == 2
     assert moved("vmoe_batch_size_sum") == 2
     assert moved("vmoe_served_images_total", operating_point=str(low.operating_point), budget="low") == 1

@@ -46,6 +46,7 @@ def test_policy_when_asked_for_then_it_shows_what_is_in_force_and_the_queue(serv
             "deadline_ms": 1000,
             "weight": 1,
         }
+        assert (body["max_batch_size"], body["workers"]) == (8, 1)
         assert body["state"]["waiting_images"] == body["state"]["running_batches"] == 0
         backend.gate.clear()
         requests = [threading.Thread(target=client.post, args=("/classify",), kwargs=IMAGE) for _ in range(3)]
