@@ -128,12 +128,14 @@ class _Builder(Tape):
 
     def _attention(self, rows: ir.Value, name: str) -> ir.Value:
         """(N, D) -> (N, D). The query's 1 / sqrt(head_dim) is folded into the weights that produce it."""
-        return self._attend(*self._project(rows, name, "query", "key", "value"), name)
+        query, key, value = self._project(rows, name, "query", "key", "value")
+        return self._attend(query, key, value, name)
 
     def _attention_of_class(self, rows: ir.Value, name: str) -> ir.Value:
         """(N, D) -> (B, D): what the class token of every image reads from all its tokens."""
         (query,) = self._project(self._class_rows(rows), name, "query")
-        return self._attend(query, *self._project(rows, name, "key", "value"), name)
+        key, value = self._project(rows, name, "key", "value")
+        return self._attend(query, key, value, name)
 
     def _project(self, rows: ir.Value, name: str, *parts: Literal["query", "key", "value"]) -> tuple[ir.Value, ...]:
         """(B * T, D) -> (B, T, H, d) for each of some neighbouring parts; T is S, or 1 for the query alone."""
