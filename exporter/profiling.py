@@ -12,7 +12,6 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from exporter.bundle import Latency, Point, Profile
+from exporter.machine import processor
 from exporter.session import run
 from vmoe.config import ModelConfig
 from vmoe.operating_point import OperatingPoint
@@ -257,7 +257,7 @@ def measure_latency(
 def describe_machine(threads: int, *, images: str | None = None, num_images: int = 0, rounds: int = 0) -> Profile:
     """Where and how a profile was taken."""
     return Profile(
-        machine=f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        machine=f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
         runtime=f"onnxruntime {ort.__version__}",
         threads=threads or (os.cpu_count() or 1),
         date=datetime.date.today().isoformat(),
@@ -291,12 +291,3 @@ def _beats(one: Point, other: Point) -> bool:
     assert other.accuracy is not None
     no_worse = one.accuracy >= other.accuracy and one.relative_compute <= other.relative_compute
     return no_worse and (one.accuracy > other.accuracy or one.relative_compute < other.relative_compute)
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown processor"

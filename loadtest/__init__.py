@@ -5,5 +5,5 @@ trace | arrivals -> simulator (the gateway's own scheduler) -> outcomes -> repor
                  -> oracle (what no policy can exceed)      ------------> report
 
 Torch-free. Of `exporter` and `server` it uses the manifest, the decisions and the bodies of answers; HTTP is known to
-`client` alone, which needs the extra `loadtest`.
+`client` alone. Needs the extra `loadtest`.
 """

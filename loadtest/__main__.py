@@ -1,5 +1,10 @@
 """`python -m loadtest`."""
 
-from loadtest.cli import app
+import sys
+
+try:
+    from loadtest.cli import app
+except ModuleNotFoundError as error:
+    sys.exit(f"error: loadtest needs {error.name}: pip install 'vmoe-serving[loadtest]'")
 
 app(prog_name="python -m loadtest")

@@ -65,6 +65,7 @@ class Answered:
     reason: ServeReason
     deadline_met: bool
     queue_s: float
+    inference_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ class Client:
                     content["reason"],
                     content["deadline_met"],
                     content["times"]["queue_ms"] / 1000,
+                    content["times"]["inference_ms"] / 1000,
                 )
             code = str(content["code"])
         except (ValueError, KeyError, TypeError, IndexError):

@@ -50,6 +50,9 @@ class Outcomes:
         queue_s: (N,) from the arrival until its batch started or it was dropped; NaN where it was refused.
         latency_s: (N,) from the arrival to the answer. An expired or failed request counts at least its deadline: who
             waits for an answer that does not come waits no shorter than for one that is late. NaN where it was refused.
+        inference_s: (N,) from the start of its batch to its end; NaN where there was no answer.
+        labelled: (N,) bool, the right class is known; never in a simulated run.
+        right: (N,) bool, labelled and answered with that class.
         batch_size: (M,) uint16.
         decision_s: (M,) time that each decision took on this machine's clock.
     """
@@ -59,6 +62,9 @@ class Outcomes:
     reason: npt.NDArray[np.uint8]
     queue_s: npt.NDArray[np.float64]
     latency_s: npt.NDArray[np.float64]
+    inference_s: npt.NDArray[np.float64]
+    labelled: npt.NDArray[np.bool_]
+    right: npt.NDArray[np.bool_]
     batch_size: npt.NDArray[np.uint16]
     decision_s: npt.NDArray[np.float32]
 
@@ -71,6 +77,9 @@ class Outcomes:
             np.zeros(size, np.uint8),
             np.full(size, np.nan),
             np.full(size, np.nan),
+            np.full(size, np.nan),
+            np.zeros(size, np.bool_),
+            np.zeros(size, np.bool_),
             np.zeros(0, np.uint16),
             np.zeros(0, np.float32),
         )
@@ -83,6 +92,9 @@ class Outcomes:
             self.reason[keep],
             self.queue_s[keep],
             self.latency_s[keep],
+            self.inference_s[keep],
+            self.labelled[keep],
+            self.right[keep],
             np.zeros(0, np.uint16),
             np.zeros(0, np.float32),
         )

@@ -56,9 +56,9 @@ class Recorder:
         self._deadline_s: list[float] = deadline_s.tolist()
         self._labels = labels
         self._out = Outcomes.empty(size)
+        self._out.labelled[:] = labels >= 0
         self._sent_s = np.full(size, np.nan)
         self._send_latency_s = np.full(size, np.nan)
-        self._index = np.full(size, -1)
         self._gateway_met = np.zeros(size, np.bool_)
         self._failures: list[tuple[int, str]] = []
         self._points: dict[PointUsed, int] = {}
@@ -80,8 +80,10 @@ class Recorder:
                 outcome = Outcome.met if latency_s <= deadline_s else Outcome.late
                 out.rung[index] = self._points.setdefault(reply.point, len(self._points))
                 out.reason[index] = _REASON_CODES[reply.reason]
-                out.queue_s[index] = reply.queue_s
-                self._index[index], self._gateway_met[index] = reply.index, reply.deadline_met
+                out.queue_s[index], out.inference_s[index] = reply.queue_s, reply.inference_s
+                # An answer never has the index of an unknown label, -1.
+                out.right[index] = reply.index == self._labels[index]
+                self._gateway_met[index] = reply.deadline_met
                 gained = reply.point.accuracy or 0.0 if outcome is Outcome.met else 0.0
             case Shed():
                 outcome = Outcome.SHED
@@ -112,8 +114,7 @@ class Recorder:
         assert not (outcomes.outcome == Outcome.unfinished).any(), "a request was sent and has no outcome"
         lag_s = quantiles((self._sent_s - self._trace.arrival_s)[keep])
         answered, met = outcomes.answered, outcomes.outcome == Outcome.met
-        labels = self._labels[keep]
-        labelled, right = labels >= 0, (labels == self._index[keep]) & (labels >= 0)
+        labelled, right = outcomes.labelled, outcomes.right
         live = Live(
             valid=not (reasons := _invalid(len(outcomes.outcome), lag_s)),
             invalid_reasons=reasons,

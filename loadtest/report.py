@@ -13,24 +13,28 @@ exported without images, everything but the bound in a report of the oracle.
 
 In a live run the arrival is the scheduled one, and in time means by the client's clock. `live` has what only a live run
 knows. Percentiles are numpy's, of every single latency: a schedule fits into memory, so they need no histogram and
-lose no digit.
+lose no digit. The whole distribution, for plots and comparisons, is a histogram. docs/reports.md explains every field.
 """
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
+import json
+from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from loadtest import histogram
+from loadtest.environment import Environment
+from loadtest.errors import ReportError
 from loadtest.outcomes import SERVE_REASONS, SHED_REASONS, Outcome, Outcomes
+from loadtest.timeline import Timeline, timeline
 from loadtest.trace import Trace
 from server.ladder import Ladder
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 NO_ACCURACY = "the bundle was exported without images: no accuracy was measured"
 NO_ANSWERS = "nothing was answered"
 NO_REQUESTS = "nothing was offered"
@@ -153,30 +157,38 @@ class Live(_Model):
 
 
 class Report(Figures):
-    """One run."""
+    """One run.
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    Attributes:
+        latency_histogram: of the latencies behind `latency_s`; see `loadtest.histogram`.
+        timeline: null in a report of the oracle.
+    """
+
+    schema_version: Literal[2] = SCHEMA_VERSION
     setup: Setup
     duration_s: float
     rate_hz: float | None
     budgets: dict[str, Figures]
     points: list[PointShare]
+    timeline: Timeline | None
+    latency_histogram: str
     mean_batch_size: float | None
     decisions: int
     mean_decision_s: float | None
     oracle: Oracle | None = None
     live: Live | None = None
     unknown: dict[str, str]
-    versions: dict[str, str]
+    environment: Environment
 
 
 def summarise(trace: Trace, outcomes: Outcomes, ladder: Ladder, setup: Setup, live: Live | None = None) -> Report:
     """The report of a run."""
     everybody = np.ones(len(trace), np.bool_)
     figures = _figures(outcomes, ladder, everybody)
-    rungs = outcomes.rung[outcomes.answered]
-    counts = np.bincount(rungs, minlength=len(ladder)).tolist()
-    unknown = _unknown(figures, _accuracies(ladder) is not None)
+    counts = np.bincount(outcomes.rung[outcomes.answered], minlength=len(ladder)).tolist()
+    used = [rung for rung, count in enumerate(counts) if count]
+    accuracies = _accuracies(ladder)
+    unknown = _unknown(figures, accuracies is not None)
     if live is not None:
         unknown |= dict.fromkeys(("mean_batch_size", "mean_decision_s"), "the gateway does not tell")
     return Report(
@@ -185,13 +197,15 @@ def summarise(trace: Trace, outcomes: Outcomes, ladder: Ladder, setup: Setup, li
         duration_s=trace.duration_s,
         rate_hz=len(trace) / trace.duration_s if trace.duration_s else None,
         budgets={name: _figures(outcomes, ladder, trace.budget == code) for code, name in enumerate(trace.budgets)},
-        points=[_point_share(ladder, rung, count, len(rungs)) for rung, count in enumerate(counts) if count],
+        points=[_point_share(ladder, rung, counts[rung], figures.answered) for rung in used],
+        timeline=timeline(trace, outcomes, accuracies, used),
+        latency_histogram=histogram.encode(outcomes.latency_s),
         mean_batch_size=_mean(outcomes.batch_size),
         decisions=len(outcomes.decision_s),
         mean_decision_s=_mean(outcomes.decision_s),
         live=live,
         unknown=unknown,
-        versions=versions(),
+        environment=Environment.here(),
     )
 
 
@@ -218,22 +232,41 @@ def oracle_report(trace: Trace, bound: Oracle | None, setup: Setup) -> Report:
         rate_hz=len(trace) / trace.duration_s if trace.duration_s else None,
         budgets={},
         points=[],
+        timeline=None,
+        latency_histogram=histogram.encode(np.zeros(0)),
         mean_batch_size=None,
         decisions=0,
         mean_decision_s=None,
         oracle=bound,
         unknown=unknown,
-        versions=versions(),
+        environment=Environment.here(),
     )
 
 
-def versions() -> dict[str, str]:
-    """Of what decided and measured."""
+def read_report(path: Path) -> Report:
+    """What `--json` wrote.
+
+    Raises:
+        ReportError: the file cannot be read, or is no report of this version.
+    """
     try:
-        own = version("vmoe-serving")
-    except PackageNotFoundError:  # run from a source tree
-        own = "source tree"
-    return {"vmoe-serving": own, "python": platform.python_version(), "numpy": np.__version__}
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"cannot read the report {path}: {error}") from error
+    found = content.get("schema_version") if isinstance(content, dict) else None
+    if found is None:
+        raise ReportError(f"{path} is no report: it has no schema_version; `run` and `simulate` write one with --json")
+    if found != SCHEMA_VERSION:
+        raise ReportError(
+            f"{path} is a report of schema {found}, this version reads schema {SCHEMA_VERSION}: "
+            "make it again with `run` or `simulate`"
+        )
+    try:
+        return Report.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ReportError(f"{path} is a damaged report: {place}: {first['msg']}") from error
 
 
 def _figures(outcomes: Outcomes, ladder: Ladder, mask: npt.NDArray[np.bool_]) -> Figures:

@@ -211,12 +211,13 @@ class _Run:
         """Once everything has ended."""
         out, index = self._out, self._index[: self._answers]
         sizes = np.array(self._sizes, np.int64)
-        end_s = np.repeat(np.array(self._finishes), sizes)
+        start_s, end_s = np.repeat(np.array(self._starts), sizes), np.repeat(np.array(self._finishes), sizes)
         arrival_s = self._trace.arrival_s[index]
         out.outcome[index] = np.where(end_s <= self._deadline[: self._answers], Outcome.met, Outcome.late)
         out.rung[index] = self._rung[: self._answers]
         out.reason[index] = self._reason[: self._answers]
-        out.queue_s[index] = np.repeat(np.array(self._starts), sizes) - arrival_s
+        out.queue_s[index] = start_s - arrival_s
         out.latency_s[index] = end_s - arrival_s
+        out.inference_s[index] = end_s - start_s
         assert not (out.outcome == Outcome.unfinished).any(), "the scheduler has lost a request"
         return replace(out, batch_size=sizes.astype(np.uint16), decision_s=np.array(self._decisions, np.float32))

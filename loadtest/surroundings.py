@@ -191,6 +191,7 @@ class SurroundedRun:
             index, queued_s = request.payload
             self._out.rung[index], self._out.reason[index] = rung, REASON_CODES[reason]
             self._out.queue_s[index] = batch.started_s - queued_s
+            self._out.inference_s[index] = self._now - batch.started_s
             self._do(self._costs.answer_s, lambda index=index: self._answer(index))  # type: ignore[misc]
 
     def _dispatch(self) -> None:

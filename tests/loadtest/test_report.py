@@ -1,10 +1,27 @@
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from loadtest import histogram
+from loadtest.errors import ReportError
 from loadtest.outcomes import SERVE_REASONS, SHED_REASONS, Outcome, Outcomes
-from loadtest.report import NO_ACCURACY, NO_ANSWERS, NO_REQUESTS, Oracle, Report, Setup, oracle_report, summarise
+from loadtest.report import (
+    NO_ACCURACY,
+    NO_ANSWERS,
+    NO_REQUESTS,
+    Oracle,
+    Report,
+    Setup,
+    oracle_report,
+    read_report,
+    summarise,
+)
 from loadtest.trace import Trace
 from server.ladder import Ladder, Rung
 from vmoe.operating_point import OperatingPoint
@@ -31,6 +48,9 @@ def outcomes() -> Outcomes:
         reason=np.array([ceiling, load, ceiling, 0, 0], np.uint8),
         queue_s=np.array([0.0, 0.01, 0.05, 0.2, nan]),
         latency_s=np.array([0.01, 0.02, 0.13, 0.2, nan]),
+        inference_s=np.array([0.01, 0.01, 0.08, nan, nan]),
+        labelled=np.array([True, True, False, True, False]),
+        right=np.array([True, False, False, False, False]),
         batch_size=np.array([1, 2], np.uint16),
         decision_s=np.array([1e-4, 3e-4], np.float32),
     )
@@ -119,3 +139,50 @@ def test_oracle_report_when_accuracy_is_unknown_then_there_is_no_bound(setup: Se
     empty = oracle_report(TRACE, None, setup)
     assert empty.effective_accuracy is None
     assert empty.unknown["effective_accuracy"] == NO_ACCURACY
+
+
+def test_report_when_summarised_then_its_timeline_and_histogram_add_up_to_its_figures(setup: Setup) -> None:
+    report = summarise(TRACE, outcomes(), ladder(0.8, 0.9), setup)
+    bins = report.timeline
+    assert bins is not None
+    assert sum(bins.offered) == report.offered
+    assert sum(bins.answered) == sum(bins.finished) == report.answered
+    assert [sum(row) for row in bins.answers_by_point] == [point.answers for point in report.points]
+    assert (sum(bins.labelled), sum(bins.labelled_answers), sum(bins.right), sum(bins.right_in_time)) == (3, 2, 1, 1)
+    values_s, counts = histogram.decode(report.latency_histogram)
+    assert np.repeat(values_s, counts) == pytest.approx([0.01, 0.02, 0.13, 0.2], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content | {"schema_version": 1}, "is a report of schema 1, this version reads schema 2"),
+        (lambda content: {"slo_attainment": 1.0}, "it has no schema_version"),
+        (lambda content: [content], "it has no schema_version"),
+        (
+            lambda content: content | {"offered": "many"},
+            "is a damaged report: offered: Input should be a valid integer",
+        ),
+        (lambda content: content | {"speed": 1}, "is a damaged report: speed: Extra inputs are not permitted"),
+    ],
+)
+def test_read_report_when_the_file_holds_something_else_then_the_error_says_what(
+    setup: Setup, tmp_path: Path, change: Callable[[dict[str, object]], object], message: str
+) -> None:
+    path = tmp_path / "report.json"
+    content = summarise(TRACE, outcomes(), ladder(0.8, 0.9), setup).model_dump(mode="json")
+    path.write_text(json.dumps(content))
+    assert read_report(path).model_dump(mode="json") == content
+    path.write_text(json.dumps(change(content)))
+    with pytest.raises(ReportError, match=re.escape(message)) as caught:
+        read_report(path)
+    assert str(path) in str(caught.value)
+
+
+def test_read_report_when_there_is_no_json_then_the_error_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    with pytest.raises(ReportError, match="cannot read the report"):
+        read_report(path)
+    path.write_text("{")
+    with pytest.raises(ReportError, match="cannot read the report"):
+        read_report(path)

@@ -84,6 +84,11 @@ def test_run_when_called_as_in_the_readme_then_every_request_has_an_outcome_and_
     assert sum(share or 0.0 for share in shares) == pytest.approx(1.0)
     # Whatever the load, the sample is an ankle boot to every operating point.
     assert report.live.accuracy == 1.0
+    bins = report.timeline
+    assert bins is not None
+    assert sum(bins.labelled) == report.offered
+    assert sum(bins.right) == sum(bins.labelled_answers) == report.answered
+    assert all(inference_s for inference_s, answers in zip(bins.inference_s, bins.answered, strict=True) if answers)
     assert report.live.latency_from_send_s.p99 is not None
 
 

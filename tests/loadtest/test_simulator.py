@@ -35,6 +35,9 @@ def test_simulation_when_overloaded_then_every_request_has_exactly_one_outcome(
     assert shed.any()
     assert np.isnan(outcomes.latency_s[shed]).all()
     assert (outcomes.latency_s[~shed] >= outcomes.queue_s[~shed]).all()
+    assert outcomes.latency_s[answered] == pytest.approx((outcomes.queue_s + outcomes.inference_s)[answered])
+    assert np.isnan(outcomes.inference_s[~answered]).all()
+    assert not outcomes.labelled.any()
     assert (outcomes.queue_s[~shed] >= 0).all()
 
 

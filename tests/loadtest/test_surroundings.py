@@ -116,6 +116,9 @@ def test_surroundings_when_overloaded_then_every_request_has_exactly_one_outcome
     shed = outcomes.outcome >= Outcome.SHED
     assert np.isnan(outcomes.latency_s[shed]).all()
     assert (outcomes.latency_s[~shed] >= outcomes.queue_s[~shed]).all()
+    answered = outcomes.answered
+    assert (outcomes.latency_s >= outcomes.queue_s + outcomes.inference_s)[answered].all()
+    assert np.isnan(outcomes.inference_s[~answered]).all()
     met, met_without = ((each.outcome == Outcome.met).mean() for each in (outcomes, without))
     # 0.45 ms of loop work beside about 1.5 ms of inference per image.
     assert met < met_without - 0.05
