@@ -92,7 +92,11 @@ class MoeLayers:
         if moe.router == "items_per_expert":
             keys, experts = self._keys_of_choosing_experts(gates)
         else:
-            keys, experts = self._keys(gates, selected_by_group)
+            keys, experts, top, chosen = self._keys(gates, selected_by_group)
+            if moe.normalize_weights:
+                own = self.op("Where", chosen, top, self.constant(0, np.float32))
+                total = self.op("ReduceSum", own, self.constant([2]))  # (G, T, 1)
+                gates = self.op("Div", gates, self.reshape(total, -1, 1))
         kept = self._fill(keys, slots)  # (G, E, T)
         self._record(kept, experts, selected)
         by_expert = self.reshape(self.op("Transpose", kept, perm=[1, 0, 2]), moe.num_experts, -1)  # (E, N)
@@ -104,8 +108,9 @@ class MoeLayers:
             by_expert = self.op("Gather", by_image, self.constant(0), axis=2)  # (E, B)
         return self._serve(normed, residual, gates, by_expert, name)
 
-    def _keys(self, gates: ir.Value, selected: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Queue keys (G, E, T) and chosen experts (G, T, K) from gates (N, E) and K of each group (G, 1)."""
+    def _keys(self, gates: ir.Value, selected: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+        """From gates (N, E) and K of each group (G, 1): queue keys (G, E, T), the largest K's experts and their gates
+        (G, T, K), and which of them are among the group's own K (G, 1, K)."""
         tokens = self.config.tokens_per_image * self.moe.group_images
         grouped = self.reshape(gates, -1, tokens, self.moe.num_experts)
         # TopK breaks ties by the lower index, as the reference does.
@@ -122,7 +127,7 @@ class MoeLayers:
         key = self.op("Where", chosen, key, no_choice)
         empty = self.op("Expand", no_choice, self.op("Shape", grouped))
         keys = self.op("ScatterElements", empty, experts, key, axis=2)
-        return self.op("Transpose", keys, perm=[0, 2, 1]), experts
+        return self.op("Transpose", keys, perm=[0, 2, 1]), experts, top, chosen
 
     def _keys_of_choosing_experts(self, gates: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Ranks of the tokens for every expert (G, E, T), and experts (G, T, E) of which choice e is e."""

@@ -1,4 +1,4 @@
-"""Command line of the vmoe package: train, evaluate and transfer; `vmoe.analysis_cli` has what analyses models."""
+"""Command line of the vmoe package: train, evaluate and transfer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.table import Table
 
-from vmoe import fewshot_cli
+from vmoe import fewshot_cli, upcycle_cli
 from vmoe.analysis_cli import app as analysis
 from vmoe.checkpoint import check_parameters, load_checkpoint
 from vmoe.class_subset import choose_classes, match_classes
@@ -27,8 +27,9 @@ from vmoe.train import TrainConfig, Trainer
 from vmoe.train import train as run_training
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train, evaluate and transfer V-MoE models.")
-app.add_typer(analysis)
 app.command("fewshot")(fewshot_cli.fewshot)
+app.command("upcycle")(upcycle_cli.upcycle)
+app.add_typer(analysis)
 DEFAULTS = TrainConfig()
 
 # The ladder that evaluation prints when none is given: from the cheapest useful point to beyond full capacity.

@@ -45,6 +45,8 @@ class MoeConfig:
         importance_loss_weight, load_loss_weight: weights of the auxiliary losses (paper, appendix A: 0.005 each).
         capacity_rounding, capacity_multiple: see `operating_point.slots_per_expert`.
         group_images: images that share a routing group. With 1 an answer never depends on batch mates.
+        normalize_weights: divide the combine weights of a token's K choices by their sum, before any is dropped. Not in
+            the paper; made for upcycled models (2212.05055), see `vmoe.upcycle`.
     """
 
     num_experts: int
@@ -59,6 +61,7 @@ class MoeConfig:
     capacity_rounding: Rounding = "ceil"
     capacity_multiple: int = 1
     group_images: int = 1
+    normalize_weights: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -72,6 +75,8 @@ class MoeConfig:
             raise ConfigError(f"router must be 'experts_per_item' or 'items_per_expert', got {self.router!r}")
         if self.router == "items_per_expert" and self.num_selected_experts != 1:
             raise ConfigError(f"items_per_expert has no K: num_selected_experts is 1, got {self.num_selected_experts}")
+        if self.router == "items_per_expert" and self.normalize_weights:
+            raise ConfigError("items_per_expert has no K choices: normalize_weights must be false, got true")
         if self.routing not in ("bpr", "vanilla"):
             raise ConfigError(f"routing must be 'bpr' or 'vanilla', got {self.routing!r}")
         if list(self.layers) != sorted(set(self.layers)) or not self.layers:

@@ -136,6 +136,7 @@ class MoeMlp(nn.Module):
                 slots,
                 max_selected_experts=max_selected_experts,
                 routing=self.config.routing,
+                normalize_weights=self.config.normalize_weights,
             )
         hidden = self._serve(grouped.reshape(-1, hidden_size), assignment)
         return MoeOutput(hidden.view(batch, tokens_per_image, hidden_size), assignment, gates, auxiliary_loss)

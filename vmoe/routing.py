@@ -5,7 +5,8 @@ Axes: G routing groups, S tokens per group, E experts, K choices per token.
 Source: paper, section 2 (router, capacity) and section 4 (Batch Priority Routing, algorithm 2); appendix A for the
 losses. The order of the queue of every expert is: all first choices before all second choices, and within a choice the
 token's position (vanilla) or its top-1 gate, descending, ties by position (BPR). A pair that does not fit still
-consumes its queue position. Gates are a softmax over all E experts and are not renormalised after the top K.
+consumes its queue position. Gates are a softmax over all E experts and, as in the paper, not renormalised after
+the top K unless a configuration asks for it.
 
 Expert choice (Zhou et al., 2022, arXiv 2202.09368) turns the choice around: every expert takes its best tokens. The
 same `Assignment` describes it, with K = E and choice e of every token standing for expert e.
@@ -28,7 +29,7 @@ class Assignment:
     Attributes:
         expert_index: (G, S, K) int64, experts of a token, best first.
         buffer_index: (G, S, K) int64, position in the queue of that expert.
-        weights: (G, S, K), combine weight of each choice, not renormalised.
+        weights: (G, S, K), combine weight of each choice.
         kept: (G, S, K) bool, the pair has a slot and its choice is among the group's own K.
     """
 
@@ -45,6 +46,7 @@ def assign_experts_per_item(
     *,
     max_selected_experts: int,
     routing: Routing,
+    normalize_weights: bool = False,
 ) -> Assignment:
     """Every token chooses its K best experts; every expert serves its queue until the slots are used up.
 
@@ -54,6 +56,7 @@ def assign_experts_per_item(
         slots: (G,) int64, slots per expert in each group; 0 skips the layer.
         max_selected_experts: size K of the result's last axis.
         routing: queue order.
+        normalize_weights: the weights of a token's own K choices sum to 1.
     """
     num_experts = gates.shape[-1]
     # Stable sort and not topk: torch.topk promises no order among ties, the reference takes the lower index.
@@ -73,6 +76,8 @@ def assign_experts_per_item(
     if routing == "bpr":
         buffer_index = torch.empty_like(buffer_index).scatter(1, order[..., None].expand_as(buffer_index), buffer_index)
     kept = (buffer_index < slots[:, None, None]) & chosen[:, None, :]
+    if normalize_weights:
+        weights = weights / (weights * chosen[:, None, :]).sum(-1, keepdim=True)
     return Assignment(expert_index, buffer_index, weights, kept)
 
 

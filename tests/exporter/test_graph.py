@@ -28,6 +28,8 @@ CONFIGS = {
     "no positions, pre_logits": replace(SMALL, position_embedding="none", representation_size=6),
     "groups of two images": with_moe(group_images=2),
     "groups of two images, vanilla": with_moe(group_images=2, routing="vanilla"),
+    "normalised weights": with_moe(normalize_weights=True),
+    "groups of two images, normalised weights": with_moe(group_images=2, normalize_weights=True),
     "every block": with_moe(layers=(0, 1, 2)),
     "dense last block": with_moe(layers=(0, 1)),
     "dense last block, qk-norm": replace(with_moe(layers=(0, 1)), qk_norm=True),

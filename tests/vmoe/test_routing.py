@@ -44,6 +44,20 @@ def test_assignment_of_every_golden_gate_matrix_equals_the_reference(run: str) -
         np.testing.assert_array_equal(getattr(found, name)[0].numpy(), TABLES[f"{run}/{name}"])
 
 
+def test_normalised_weights_of_each_groups_own_choices_sum_to_one_and_keep_their_ratio() -> None:
+    gates = torch.tensor([[[0.6, 0.3, 0.1]], [[0.6, 0.3, 0.1]]])
+    found = assign_experts_per_item(
+        gates,
+        torch.tensor([1, 2]),
+        torch.tensor([1, 1]),
+        max_selected_experts=2,
+        routing="bpr",
+        normalize_weights=True,
+    )
+    # K = 1: 0.6 / 0.6; K = 2: 0.6 / 0.9 and 0.3 / 0.9.
+    torch.testing.assert_close((found.weights * found.kept)[:, 0], torch.tensor([[1.0, 0.0], [2 / 3, 1 / 3]]))
+
+
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("slots", [1, 2, 4, 8])
 def test_dispatch_and_combine_of_every_golden_gate_matrix_equal_the_reference(run: str, slots: int) -> None:
