@@ -192,10 +192,11 @@ class Bundle:
     Attributes:
         directory: of the model, `<model repository>/<name>`.
         manifest: its content.
+        manifest_sha256: of the file that was read; empty where there was none.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self.directory, self.manifest = directory, manifest
+    def __init__(self, directory: Path, manifest: Manifest, manifest_sha256: str = "") -> None:
+        self.directory, self.manifest, self.manifest_sha256 = directory, manifest, manifest_sha256
 
     @property
     def model_path(self) -> Path:
@@ -213,7 +214,8 @@ class Bundle:
         """
         path = directory / MANIFEST_FILE
         try:
-            manifest = Manifest.model_validate_json(path.read_bytes())
+            text = path.read_bytes()
+            manifest = Manifest.model_validate_json(text)
         except OSError as error:
             raise BundleError(f"cannot read {path}: {error.strerror}; is {directory} a bundle?") from error
         except (ValidationError, ConfigError) as error:
@@ -226,7 +228,7 @@ class Bundle:
                 raise BundleError(f"{file} is missing, but {path} names it")
             if verify and (found := sha256(file)) != digest:
                 raise BundleError(f"{file} has SHA-256 {found}, the manifest says {digest}: export the bundle again")
-        return cls(directory, manifest)
+        return cls(directory, manifest, hashlib.sha256(text).hexdigest())
 
 
 def frontier(points: Sequence[Point]) -> tuple[Point, ...]:

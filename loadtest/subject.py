@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.bundle import MANIFEST_FILE, Bundle, BundleError, Manifest, sha256
+from exporter.bundle import Bundle, BundleError, Manifest
 from loadtest.errors import LoadtestError, UnsuitableBundle
 from server.ladder import Ladder
 from server.latency import LatencyModel
@@ -30,10 +30,10 @@ class Subject:
     def load(cls, directory: Path) -> Subject:
         """Raises `UnsuitableBundle` where there is no bundle, or one without a latency profile."""
         try:
-            manifest = Bundle.load(directory).manifest
+            bundle = Bundle.load(directory)
         except BundleError as error:
             raise UnsuitableBundle(str(error)) from error
-        subject = cls(directory, manifest, sha256(directory / MANIFEST_FILE), Ladder.of(manifest))
+        subject = cls(directory, bundle.manifest, bundle.manifest_sha256, Ladder.of(bundle.manifest))
         subject.latency()
         return subject
 

@@ -112,6 +112,7 @@ def describe_policy(policy: ActivePolicy, scheduler: Scheduler, now: float) -> P
         max_batch_size=scheduler.limits.max_batch_size,
         workers=scheduler.workers,
         budgets=_budgets(policy, scheduler.ladder),
+        provenance=policy.config.provenance,
         state=QueueState(
             waiting_images=len(queue),
             waiting_bytes=queue.size_bytes,

@@ -44,6 +44,7 @@ def create_server(settings: Settings, bundle: Bundle, backend: Backend, registry
         _create_app(settings, gateway, metrics, registry, recorder),
         host=settings.host,
         port=settings.port,
+        loop="server.event_loop:EventLoop",
         log_config=None,
         access_log=False,  # counting is the metrics' job
         proxy_headers=False,  # nothing depends on who is behind a proxy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Final, Literal
@@ -55,7 +55,7 @@ class Gateway:
     Attributes:
         bundle: what is served.
         ladder: its operating points.
-        policy: in force; `reload_policy` replaces it.
+        policy: in force; `reload_policy`, `restore_policy` and `put_policy` replace it.
         scheduler: to be read, not to be called.
         admission: bounds what is inside.
         state: `ready` and `leaving` admit requests.
@@ -76,7 +76,9 @@ class Gateway:
             )
         self.bundle = bundle
         self.ladder = Ladder.of(manifest)
-        self._policies = PolicySource(settings.policy, bundle, self.ladder, settings.request_timeout_s)
+        self._policies = PolicySource(
+            settings.policy, bundle, self.ladder, settings.request_timeout_s, force=settings.force_policy
+        )
         self._reloading = asyncio.Lock()
         self.policy: ActivePolicy = self._policies.load()
         self.admission = Admission(settings.max_queue_images, settings.max_queue_bytes, metrics)
@@ -139,8 +141,19 @@ class Gateway:
         Raises:
             PolicyError: it cannot be used; the old one stays.
         """
-        async with self._reloading:  # of two reloads at once the later one must win
-            active = await asyncio.to_thread(self._policies.reload)
+        await self._use(self._policies.reload)
+
+    async def restore_policy(self) -> None:
+        """As `reload_policy`, back to the policy of the settings, be it a name or a file."""
+        await self._use(self._policies.load)
+
+    async def put_policy(self, text: str) -> None:
+        """As `reload_policy`, with the text of a policy.toml; in force until another one is."""
+        await self._use(lambda: self._policies.parse(text))
+
+    async def _use(self, read: Callable[[], ActivePolicy]) -> None:
+        async with self._reloading:  # of two at once the later one must win
+            active = await asyncio.to_thread(read)
             self.policy = active
             self.scheduler.use(active.build(), active.horizon_s)
             self.scheduler.latency.aim_at(active.config.quantile)

@@ -12,6 +12,9 @@
     deadline_ms = 100
     weight = 1.0
 
+    [provenance]                  # of a tuned policy, see `provenance`
+    manifest_sha256 = "..."
+
 Everything has a default that follows from the manifest. An unknown key, name or point is refused with its line.
 """
 
@@ -36,6 +39,7 @@ from server.policies.foresight import Foresight, ForesightConfig
 from server.policies.proteus import Proteus, ProteusConfig
 from server.policies.queue_depth import QueueDepth, QueueDepthConfig
 from server.policies.slackfit import SlackFit, SlackFitConfig
+from server.provenance import Provenance
 from vmoe.operating_point import parse_point
 
 POLICY_FILE = "policy.toml"
@@ -74,6 +78,7 @@ class PolicyConfig(_Table):
     budgets: dict[Annotated[str, Field(pattern=_BUDGET_NAME)], _BudgetTable] = Field(
         default_factory=dict, max_length=_MAX_BUDGETS
     )
+    provenance: Provenance | None = None
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,13 @@ class ActivePolicy:
         config: parameters.
         budgets: by name.
         source: where it came from, for people.
+        text: the TOML that gives it again.
     """
 
     config: PolicyConfig
     budgets: Mapping[str, Budget]
     source: str
+    text: str
 
     @property
     def horizon_s(self) -> float:
@@ -130,7 +137,8 @@ def load_policy(path: Path, manifest: Manifest, ladder: Ladder) -> ActivePolicy:
 
 def default_policy(manifest: Manifest, ladder: Ladder, name: PolicyName = "foresight") -> ActivePolicy:
     """What is in force without a file."""
-    return ActivePolicy(PolicyConfig(policy=name), default_budgets(manifest, ladder), f"default ({name})")
+    text = f'policy = "{name}"\n'
+    return ActivePolicy(PolicyConfig(policy=name), default_budgets(manifest, ladder), f"default ({name})", text)
 
 
 def parse_policy(text: str, manifest: Manifest, ladder: Ladder, source: str) -> ActivePolicy:
@@ -160,7 +168,7 @@ def parse_policy(text: str, manifest: Manifest, ladder: Ladder, source: str) -> 
             check_budgets(budgets)
         except ValueError as error:
             raise PolicyError(f"{_place(source, text, ('budgets', name))}: {error}") from error
-    return ActivePolicy(config, budgets, source)
+    return ActivePolicy(config, budgets, source, text)
 
 
 def _budget(name: str, table: _BudgetTable, default: Budget, ladder: Ladder) -> Budget:

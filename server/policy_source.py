@@ -3,6 +3,9 @@
 empty     `policy.toml` in the bundle's directory; where there is none, foresight with default budgets
 a name    that policy with default budgets; there is no file, so nothing can be reloaded
 a path    this policy.toml
+
+A policy may also be handed over as text; it is checked in the same way. One whose `[provenance]` names another manifest
+is refused, unless forced.
 """
 
 from __future__ import annotations
@@ -10,12 +13,23 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from exporter.bundle import Bundle
 from server.ladder import Ladder
-from server.policy_file import POLICY_FILE, POLICY_NAMES, ActivePolicy, PolicyError, default_policy, load_policy
+from server.policy_file import (
+    POLICY_FILE,
+    POLICY_NAMES,
+    ActivePolicy,
+    PolicyError,
+    default_policy,
+    load_policy,
+    parse_policy,
+)
 
 logger = logging.getLogger(__name__)
+
+POSTED: Final = "POST /v1/admin/policy"  # source of a policy that came as text
 
 
 class PolicySource:
@@ -24,13 +38,17 @@ class PolicySource:
     Arguments:
         setting: as above.
         max_deadline_s: the request timeout; deadlines of budgets end with it.
+        force: accept a policy that was tuned for another manifest.
     """
 
-    def __init__(self, setting: str, bundle: Bundle, ladder: Ladder, max_deadline_s: float) -> None:
+    def __init__(
+        self, setting: str, bundle: Bundle, ladder: Ladder, max_deadline_s: float, *, force: bool = False
+    ) -> None:
         self._name = next((name for name in POLICY_NAMES if name == setting), None)
         self._path = Path(setting) if setting else bundle.directory / POLICY_FILE
         self._optional = not setting
-        self._manifest, self._ladder, self._max_deadline_s = bundle.manifest, ladder, max_deadline_s
+        self._manifest, self._manifest_sha256 = bundle.manifest, bundle.manifest_sha256
+        self._ladder, self._max_deadline_s, self._force = ladder, max_deadline_s, force
 
     def load(self) -> ActivePolicy:
         """Reads it. Blocks on the file system.
@@ -46,7 +64,11 @@ class PolicySource:
             raise PolicyError(
                 f"policy {str(self._path)!r} is neither a file nor a policy; policies are {', '.join(POLICY_NAMES)}"
             )
-        return self._bounded(load_policy(self._path, self._manifest, self._ladder))
+        return self._bounded(self._matching(load_policy(self._path, self._manifest, self._ladder)))
+
+    def parse(self, text: str) -> ActivePolicy:
+        """As `load`, from the text of a policy.toml."""
+        return self._bounded(self._matching(parse_policy(text, self._manifest, self._ladder, POSTED)))
 
     def reload(self) -> ActivePolicy:
         """As `load`, for a policy that may have changed since.
@@ -60,6 +82,19 @@ class PolicySource:
                 "start with the path of a policy.toml to reload it"
             )
         return self.load()
+
+    def _matching(self, active: ActivePolicy) -> ActivePolicy:
+        tuned = active.config.provenance
+        if tuned is None or tuned.manifest_sha256 == self._manifest_sha256:
+            return active
+        what = (
+            f"{active.source} was tuned for the manifest with SHA-256 {tuned.manifest_sha256}, "
+            f"that of the bundle is {self._manifest_sha256 or 'unknown'}"
+        )
+        if not self._force:
+            raise PolicyError(f"{what}: tune it again, or start with --force-policy")
+        logger.warning("%s; it is used all the same: force_policy is set", what)
+        return active
 
     def _bounded(self, active: ActivePolicy) -> ActivePolicy:
         longer = [name for name, budget in active.budgets.items() if budget.deadline_s > self._max_deadline_s]

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from server.provenance import Provenance
+
 
 class _Body(BaseModel):
     model_config = ConfigDict(frozen=True)
@@ -185,4 +187,5 @@ class PolicyBody(_Body):
     max_batch_size: int = Field(description="images per batch")
     workers: int = Field(description="batches that may run at once, now")
     budgets: dict[str, BudgetBody]
+    provenance: Provenance | None = Field(default=None, description="of a tuned policy; null for any other")
     state: QueueState

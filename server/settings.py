@@ -18,7 +18,11 @@ class Settings(BaseSettings):
     """V-MoE gateway: classifies images over HTTP, with capacity factor and selected experts chosen per request."""
 
     model_config = SettingsConfigDict(
-        env_prefix="VMOE_", frozen=True, cli_prog_name="python -m server", cli_kebab_case=True
+        env_prefix="VMOE_",
+        frozen=True,
+        cli_prog_name="python -m server",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
     )
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
@@ -52,6 +56,7 @@ class Settings(BaseSettings):
         description="name of a capacity policy (foresight, fixed, queue-depth, aimd, slackfit, proteus) with default "
         "budgets, or path of a policy.toml; empty takes the bundle's policy.toml, or foresight where there is none",
     )
+    force_policy: bool = Field(default=False, description="use a policy though it was tuned for another manifest")
     admin_key: SecretStr = Field(
         default=SecretStr(""), description="bearer token of /v1/admin; empty switches it off. Better set by environment"
     )

@@ -17,6 +17,7 @@ from exporter.bundle import Bundle, Latency, Manifest
 from server.ladder import Ladder
 from server.policies.foresight import ForesightConfig
 from server.policy_file import PolicyConfig, parse_policy
+from server.policy_source import POSTED
 from tests.server.test_errors import assert_problem
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +131,68 @@ def test_reload_when_the_policy_is_a_name_then_422_says_why(serve_fake: Any) -> 
     with serve_fake(admin_key=KEY, policy="fixed") as client:
         problem = client.post("/v1/admin/policy", headers=BEARER)
         assert "no file to read again" in assert_problem(problem, 422, "invalid_policy")["detail"]
+
+
+def test_posted_policy_when_good_then_it_is_in_force_until_the_file_is_asked_for(
+    serve_fake: Any, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('policy = "fixed"  # ours\n')
+    text = 'policy = "aimd"\n[aimd]\ndecrease = 0.25\n[budgets.edge]\ndeadline_ms = 700\n'
+    with serve_fake(admin_key=KEY, policy=str(policy)) as client:
+        assert client.get("/v1/admin/policy", headers=BEARER).text == policy.read_text()
+        for leave in ("DELETE", "POST"):
+            body = client.post("/v1/admin/policy", headers=BEARER, content=text).json()
+            assert (body["policy"], body["parameters"]["decrease"], body["source"]) == ("aimd", 0.25, POSTED)
+            assert client.get("/v1/policy").json()["budgets"]["edge"]["deadline_ms"] == 700
+            assert client.get("/v1/admin/policy", headers=BEARER).text == text
+            assert client.post("/classify?budget=edge", **IMAGE).json()["budget"] == "edge"
+            assert client.request(leave, "/v1/admin/policy", headers=BEARER).json()["source"] == str(policy)
+            assert client.get("/v1/policy").json()["policy"] == "fixed"
+
+
+def test_posted_policy_when_the_setting_is_a_name_then_delete_returns_to_it(serve_fake: Any) -> None:
+    with serve_fake(admin_key=KEY, policy="fixed") as client:
+        client.post("/v1/admin/policy", headers=BEARER, content='policy = "aimd"')
+        assert client.delete("/v1/admin/policy", headers=BEARER).json()["source"] == "default (fixed)"
+        # The text of a default gives it again.
+        text = client.get("/v1/admin/policy", headers=BEARER).text
+        assert client.post("/v1/admin/policy", headers=BEARER, content=text).json()["policy"] == "fixed"
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code", "complaint"),
+    [
+        (b'policy = "fixed"\nspeed = 1', 422, "invalid_policy", "POST /v1/admin/policy, line 2: speed: Extra inputs"),
+        (b"policy = \n", 422, "invalid_policy", "is not TOML"),
+        (b"\xff", 422, "invalid_policy", "must be UTF-8, byte 0 is not"),
+        (b"[provenance]\nmanifest_sha256 = '" + b"b" * 64 + b"'", 422, "invalid_policy", "tuned for the manifest"),
+        (b"#" * ((1 << 16) + 1), 413, "body_too_large", "at most 65536 are accepted"),
+    ],
+)
+def test_posted_policy_when_bad_then_the_problem_says_why_and_the_old_one_stays(
+    serve_fake: Any, content: bytes, status: int, code: str, complaint: str
+) -> None:
+    with serve_fake(admin_key=KEY, policy="fixed") as client:
+        response = client.post("/v1/admin/policy", headers=BEARER, content=content)
+        assert complaint in assert_problem(response, status, code)["detail"]
+        assert client.get("/v1/policy").json()["policy"] == "fixed"
+
+
+def test_posted_policy_when_tuned_then_its_provenance_is_shown(serve_fake: Any) -> None:
+    expected = "[[provenance.expected]]\nload = 1.5\neffective_accuracy = 0.9"
+    text = f'[provenance]\nmanifest_sha256 = "{"b" * 64}"\nversions = {{ python = "3.11" }}\n{expected}'
+    with serve_fake(admin_key=KEY, force_policy=True) as client:
+        assert client.get("/v1/policy").json()["provenance"] is None
+        found = client.post("/v1/admin/policy", headers=BEARER, content=text).json()["provenance"]
+        assert (found["manifest_sha256"], found["versions"]) == ("b" * 64, {"python": "3.11"})
+        assert (found["expected"][0]["load"], found["expected"][0]["effective_accuracy"]) == (1.5, 0.9)
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_admin_policy_when_the_key_is_missing_then_401(serve_fake: Any, method: str) -> None:
+    with serve_fake(admin_key=KEY) as client:
+        assert_problem(client.request(method, "/v1/admin/policy"), 401, "unauthorized")
 
 
 def test_classify_when_the_deadline_cannot_be_met_then_503_before_anything_is_decoded(

@@ -39,6 +39,41 @@ def test_source_when_a_policy_is_named_then_the_bundles_file_is_ignored_and_noth
         found.reload()
 
 
+MINE, OTHER = "a" * 64, "b" * 64
+
+
+def tuned(manifest_sha256: str) -> str:
+    return f'policy = "aimd"\n[provenance]\nmanifest_sha256 = "{manifest_sha256}"\nseed = 3\n'
+
+
+def test_source_when_the_policy_was_tuned_for_this_manifest_then_it_is_used(tmp_path: Path, manifest: Manifest) -> None:
+    bundle = Bundle(tmp_path, manifest, MINE)
+    (tmp_path / "policy.toml").write_text(tuned(MINE))
+    active = PolicySource("", bundle, Ladder.of(manifest), 10).load()
+    assert active.config.provenance is not None
+    assert active.config.provenance.seed == 3
+
+
+def test_source_when_the_policy_was_tuned_for_another_manifest_then_both_are_named_unless_it_is_forced(
+    tmp_path: Path, manifest: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = Bundle(tmp_path, manifest, MINE)
+    (tmp_path / "policy.toml").write_text(tuned(OTHER))
+    found = PolicySource("", bundle, Ladder.of(manifest), 10)
+    for read in (found.load, found.reload, lambda: found.parse(tuned(OTHER))):
+        with pytest.raises(PolicyError, match=f"{OTHER}, that of the bundle is {MINE}: .* --force-policy"):
+            read()
+    forced = PolicySource("", bundle, Ladder.of(manifest), 10, force=True)
+    assert forced.load().config.policy == "aimd"
+    assert "used all the same" in caplog.text
+
+
+def test_source_when_a_hash_is_none_then_the_line_is_named(tmp_path: Path, manifest: Manifest) -> None:
+    (tmp_path / "policy.toml").write_text(tuned("12"))
+    with pytest.raises(PolicyError, match=r"line 3: provenance\.manifest_sha256: String should match pattern"):
+        source("", tmp_path, manifest).load()
+
+
 def test_source_when_neither_name_nor_file_then_the_names_are_listed(tmp_path: Path, manifest: Manifest) -> None:
     with pytest.raises(PolicyError, match="fxed' is neither a file nor a policy; policies are foresight, fixed"):
         source(str(tmp_path / "fxed"), tmp_path, manifest).load()
