@@ -8,7 +8,7 @@ FASHION_MNIST := /usr/share/datasets/fashion-mnist
 PROMETHEUS := $(or $(shell command -v prometheus),/usr/bin/prometheus)
 MODEL ?= vmoe-fashion-mnist
 
-.PHONY: serve serve-triton test lint train export bench-policy bench-fleet clean
+.PHONY: serve serve-triton test lint train export bench-policy bench-fleet bench-model clean
 
 serve: $(VENV)/.light
 	$(BIN)/python -m server --model-repository model_repository --model $(MODEL)
@@ -40,6 +40,10 @@ export: $(VENV)/.full $(FASHION_MNIST)
 # Every policy on every trace, simulated; writes table and plot into docs/bench.
 bench-policy: $(VENV)/.full
 	$(BIN)/python -m tests.benchmarks.policies
+
+# The graph against its peers and the machine's matrix product; writes table and plot into docs/bench.
+bench-model: $(VENV)/.full
+	$(BIN)/python -m tests.benchmarks.model_speed
 
 # What fleets hold, simulated; prints the tables of docs/scaling.md. Took 13 minutes beside other work.
 bench-fleet: $(VENV)/.full

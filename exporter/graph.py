@@ -30,6 +30,7 @@ def build_graph(
     weight_type: WeightType = "float32",
     max_selected_experts: int | None = None,
     class_token_shortcut: bool = True,
+    moe_layers: type[MoeLayers] = MoeLayers,
 ) -> ir.Model:
     """The graph of a model, see `exporter.bundle` for its inputs and outputs.
 
@@ -42,9 +43,12 @@ def build_graph(
         class_token_shortcut: leave out what nobody reads where the head looks at the class token alone: in the last
             block the MLP or the experts' work of all other tokens and, if that block is dense, their queries. Routing
             stays as it is. False is for comparison.
+        moe_layers: writes the experts.
     """
     shortcut = class_token_shortcut and config.classifier == "token"
-    return _Builder(config, state, preprocessing, input_type, weight_type, max_selected_experts, shortcut).model()
+    return _Builder(
+        config, state, preprocessing, input_type, weight_type, max_selected_experts, shortcut, moe_layers
+    ).model()
 
 
 class _Builder(Tape):
@@ -59,10 +63,11 @@ class _Builder(Tape):
         weight_type: WeightType,
         max_selected_experts: int | None,
         shortcut: bool,
+        moe_layers: type[MoeLayers],
     ) -> None:
         super().__init__(state, weight_type)
         self.config, self.preprocessing, self.input_type = config, preprocessing, input_type
-        self.max_selected_experts, self.shortcut = max_selected_experts, shortcut
+        self.max_selected_experts, self.shortcut, self.moe_layers = max_selected_experts, shortcut, moe_layers
 
     def model(self) -> ir.Model:
         config, moe = self.config, self.config.moe
@@ -71,7 +76,7 @@ class _Builder(Tape):
         if moe is not None:
             inputs.append(ir.val("slots", ir.DataType.INT64, ["batch", len(moe.layers)]))
             inputs.append(ir.val("num_selected_experts", ir.DataType.INT64, ["batch", 1]))
-            layers = MoeLayers(self, config, moe, inputs[1], inputs[2], self.max_selected_experts)
+            layers = self.moe_layers(self, config, moe, inputs[1], inputs[2], self.max_selected_experts)
         tokens = self._embed(images)
         for index in range(config.num_layers):
             name, sparse = f"blocks.{index}", layers is not None and index in layers.blocks

@@ -106,7 +106,7 @@ class MoeLayers:
             gates = self.tape.first_rows(gates, tokens, moe.num_experts)
             by_image = self.reshape(by_expert, moe.num_experts, -1, tokens)
             by_expert = self.op("Gather", by_image, self.constant(0), axis=2)  # (E, B)
-        return self._serve(normed, residual, gates, by_expert, name)
+        return self.serve(normed, residual, gates, by_expert, name)
 
     def _keys(self, gates: ir.Value, selected: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
         """From gates (N, E) and K of each group (G, 1): queue keys (G, E, T), the largest K's experts and their gates
@@ -181,7 +181,7 @@ class MoeLayers:
         self.expert_load.append(self.op("Unsqueeze", load, self.constant([1])))  # (B, 1, E)
         self.token_experts.append(self.op("Unsqueeze", served_by, self.constant([1])))  # (B, 1, S, K)
 
-    def _serve(self, normed: ir.Value, residual: ir.Value, gates: ir.Value, kept: ir.Value, name: str) -> ir.Value:
+    def serve(self, normed: ir.Value, residual: ir.Value, gates: ir.Value, kept: ir.Value, name: str) -> ir.Value:
         """Serves the kept pairs: normed and residual (N, D), gates (N, E), kept (E, N) -> (N, D); N may also be B."""
         sizes = self.op("ReduceSum", self.op("Cast", kept, to=ir.DataType.INT64.value), self.constant([1]), keepdims=0)
         pairs = self.op("NonZero", kept)  # (2, P): expert, token

@@ -139,6 +139,9 @@ def run(
     grace_ms: Annotated[
         float, typer.Option(min=0, help="Beyond the deadline, for the way there and back; still in time.")
     ] = 0.0,
+    percentile: Annotated[
+        float, typer.Option(min=50, max=99.99, help="Of latency: the run must have requests enough for it.")
+    ] = 99.0,
     json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
 ) -> None:
     """Offers load to a live gateway and measures latency, accuracy and refusals. Ctrl-C ends it early, with a report.
@@ -149,7 +152,7 @@ def run(
         try:
             from loadtest.generator import Plan, measure  # needs aiohttp, which simulating does not
             from loadtest.images import SAMPLE, load_images
-            from loadtest.recorder import Terms
+            from loadtest.live_results import Terms
         except ModuleNotFoundError as error:
             raise LoadtestError(f"live runs need {error.name}: pip install 'vmoe-serving[loadtest]'") from error
         if not (math.isfinite(timeout_s) and timeout_s > 0):
@@ -165,10 +168,15 @@ def run(
             name = f"{arrivals}, {rate_hz:g}/s, {duration_s:g} s, seed {seed}"
             total_s = warmup_s + duration_s
             schedule = draw(arrivals, rate_hz, total_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
-        plan = Plan(schedule, name, Terms(warmup_s, timeout_s, grace_ms / 1000), seed)
+        plan = Plan(schedule, name, Terms(warmup_s, timeout_s, grace_ms / 1000, percentile), seed)
         with LiveProgress(len(schedule), Console(stderr=True)) as progress:
             report = asyncio.run(
-                measure(url, plan, lambda labels: load_images(images or SAMPLE, labels), progress.update)
+                measure(
+                    url,
+                    plan,
+                    lambda labels: load_images(images or SAMPLE, labels),
+                    lambda recorder: progress.update(recorder.take_tally()),
+                )
             )
         print_report(report, Console())
         if json is not None:

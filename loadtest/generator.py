@@ -18,12 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from loadtest.client import Client, Failed, connect
+from loadtest.client import Client, Failed, Target, connect
 from loadtest.errors import LoadtestError
 from loadtest.images import Images
-from loadtest.recorder import Recorder, Terms
-from loadtest.report import PolicyUsed, Report, Setup, summarise
+from loadtest.live_results import Terms, live_report, live_setup
+from loadtest.recorder import Record, Recorder
+from loadtest.report import Report
 from loadtest.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -60,38 +62,35 @@ async def measure(
         LoadtestError: nobody serves there, or not what the trace asks for.
     """
     async with connect(url, plan.terms.timeout_s) as client:
-        target = client.target
-        recorder, interrupted, cpu_s = await offer(client, plan, images(target.labels), progress)
-    trace, outcomes, ladder, live = recorder.results(cpu_s, interrupted=interrupted)
-    setup = Setup(
-        kind="live",
-        policy=PolicyUsed(name=target.policy, source=target.policy_source),
-        bundle=f"{target.url} {target.model}",
-        manifest_sha256=None,
-        trace=plan.trace_name,
-        trace_sha256=plan.trace.sha256,
-        workers=None,
-        max_batch_size=None,
-        seed=plan.seed,
-    )
-    return summarise(trace, outcomes, ladder, setup, live)
+        record = await offer(client, plan, images(client.target.labels), progress)
+        setup = live_setup(client.target, plan.trace_name, plan.trace, plan.seed)
+    return live_report(record, plan.trace, plan.terms, setup)
 
 
 async def offer(
     client: Client, plan: Plan, images: Images, progress: Callable[[Recorder], None] = lambda recorder: None
-) -> tuple[Recorder, bool, float]:
-    """Sends every request of the plan; what came of it, whether it was stopped by hand, and processor time in s."""
-    trace, target = plan.trace, client.target
-    if unknown := [name for name in trace.budgets if name not in target.deadline_s]:
-        raise LoadtestError(f"unknown budget {unknown[0]!r}; the gateway has {', '.join(target.deadline_s)}")
-    own_s = np.array([target.deadline_s[name] for name in trace.budgets])[trace.budget]
-    deadline_s = np.where(np.isnan(trace.deadline_s), own_s, trace.deadline_s)
+) -> Record:
+    """Sends every request of the plan; what came of it."""
+    trace = plan.trace
     chosen = images.choose(trace, plan.seed)
-    recorder = Recorder(trace, deadline_s, images.labels[chosen], plan.terms)
+    recorder = Recorder(plan.terms.grace_s)
+    recorder.expect(trace.arrival_s, due_after_s(trace, client.target), images.labels[chosen])
     run = _Run(client, trace, images, chosen.tolist(), recorder)
     before_s = time.process_time()
     interrupted = await run.to_the_end(progress)
-    return recorder, interrupted, time.process_time() - before_s
+    return recorder.record(run.start_s, time.process_time() - before_s, interrupted=interrupted)
+
+
+def due_after_s(trace: Trace, target: Target) -> npt.NDArray[np.float64]:
+    """(N,) deadlines from the arrival.
+
+    Raises:
+        LoadtestError: the trace names a budget that the gateway does not have.
+    """
+    if unknown := [name for name in trace.budgets if name not in target.deadline_s]:
+        raise LoadtestError(f"unknown budget {unknown[0]!r}; the gateway has {', '.join(target.deadline_s)}")
+    own_s = np.array([target.deadline_s[name] for name in trace.budgets])[trace.budget]
+    return np.where(np.isnan(trace.deadline_s), own_s, trace.deadline_s)
 
 
 class _Run:
@@ -107,12 +106,12 @@ class _Run:
         self._addresses = [table[wish] for wish in asked]
         self._headers = [{"Content-Type": media_type} for media_type in images.media_types]
         self._open: set[asyncio.Task[None]] = set()
-        self._start_s = 0.0
+        self.start_s = 0.0
 
     async def to_the_end(self, progress: Callable[[Recorder], None]) -> bool:
         """True when it was stopped by hand."""
         loop = asyncio.get_running_loop()
-        self._start_s = loop.time() + _LEAD_S
+        self.start_s = loop.time() + _LEAD_S
         pacing = asyncio.create_task(self._pace())
         reporting = asyncio.create_task(self._report(progress))
 
@@ -138,7 +137,7 @@ class _Run:
         now = asyncio.get_running_loop().time
         for index, due_s in enumerate(self._due_s):
             # Also when late: 0 lets the tasks of those before run, so that catching up cannot starve them.
-            await asyncio.sleep(max(self._start_s + due_s - now(), 0))
+            await asyncio.sleep(max(self.start_s + due_s - now(), 0))
             task = asyncio.create_task(self._send(index))
             self._open.add(task)
             task.add_done_callback(self._open.discard)
@@ -146,14 +145,14 @@ class _Run:
     async def _send(self, index: int) -> None:
         now = asyncio.get_running_loop().time
         recorder, image = self._recorder, self._chosen[index]
-        recorder.sent(index, now() - self._start_s)
+        recorder.sent(index, now() - self.start_s)
         try:
             reply = await self._client.classify(
                 self._addresses[index], self._images.bodies[image], self._headers[image]
             )
         except asyncio.CancelledError:  # nobody waits any longer; it was sent, so it has an outcome
             reply = Failed("given up")
-        recorder.ended(index, reply, now() - self._start_s)
+        recorder.ended(index, reply, now() - self.start_s)
 
     async def _report(self, progress: Callable[[Recorder], None]) -> None:
         while True:

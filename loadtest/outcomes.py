@@ -84,7 +84,7 @@ class Outcomes:
             np.zeros(0, np.float32),
         )
 
-    def part(self, keep: slice) -> Outcomes:
+    def part(self, keep: slice | npt.NDArray[np.bool_]) -> Outcomes:
         """Some of the requests; what is known of batches only is dropped, for a batch may hold others."""
         return Outcomes(
             self.outcome[keep],

@@ -1,70 +1,110 @@
-"""Notes what became of every request of a live run, as it happens; at its end `Outcomes`, the ladder and `Live`.
+"""Notes what became of every request of a live run, as it happens; at its end a `Record`, which `live_results` judges.
 
-Times are seconds from the start of the schedule, by one monotonic clock of this process.
+Times are seconds from the start of the schedule, by the monotonic clock, which all processes of a machine share.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter, deque
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from loadtest.client import Answered, Expired, Failed, PointUsed, Reply, Shed
-from loadtest.outcomes import SERVE_REASONS, SHED_REASONS, Outcome, Outcomes
-from loadtest.report import LatencyQuantiles, Live, quantiles
-from loadtest.trace import Trace
-from server.ladder import Ladder, Rung
-from vmoe.operating_point import OperatingPoint
-
-# Chosen, not tuned: a tenth of the shortest default deadline. Timers wake up to 1 ms late.
-MAX_SEND_LAG_S = 0.01
-# Chosen, not tuned: the 99th percentile is read off the 1 % above it; of fewer than 10 such requests it says little.
-LEAST_REQUESTS = 1000
-_RECENT = 1000  # requests behind the percentiles of the progress bar
-
-_REASON_CODES = {reason: code for code, reason in enumerate(SERVE_REASONS)}
-_SHED_CODES = {reason: int(Outcome.SHED) + code for code, reason in enumerate(SHED_REASONS)}
+from loadtest.outcomes import REASON_CODES, SHED_CODES, Outcome, Outcomes
 
 
-@dataclass(frozen=True)
-class Terms:
-    """How a live run is judged; see `report.Live`."""
+@dataclass
+class Tally:
+    """What ended lately, for the progress bar.
 
-    warmup_s: float
-    timeout_s: float
-    grace_s: float
+    Attributes:
+        gained: sum of the accuracies of the points of answers in time.
+        labelled, right: answers to images with a known class, and those with that class.
+        latency_s: of those that were not refused.
+    """
+
+    finished: int = 0
+    shed: int = 0
+    met: int = 0
+    gained: float = 0.0
+    labelled: int = 0
+    right: int = 0
+    latency_s: array[float] = field(default_factory=lambda: array("d"))
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """N requests in the order in which they were due, sent or not.
+
+    Attributes:
+        start_s: of the schedule, on the monotonic clock.
+        due_s, sent_s: (N,) NaN where it was not sent.
+        send_latency_s: (N,) as `latency_s`, from the sending.
+        gateway_met: (N,) bool, in time by the gateway's clock.
+        failures: place and reason.
+        outcomes: rungs are indices into `points`.
+        cpu_s: processor time of the sending process.
+        interrupted: stopped by hand.
+    """
+
+    start_s: float
+    due_s: npt.NDArray[np.float64]
+    sent_s: npt.NDArray[np.float64]
+    send_latency_s: npt.NDArray[np.float64]
+    gateway_met: npt.NDArray[np.bool_]
+    failures: tuple[tuple[int, str], ...]
+    outcomes: Outcomes
+    points: tuple[PointUsed, ...]
+    cpu_s: float
+    interrupted: bool
+
+    @property
+    def sent(self) -> npt.NDArray[np.bool_]:
+        """(N,)"""
+        return ~np.isnan(self.sent_s)
 
 
 class Recorder:
     """Columns of a live run.
 
     Arguments:
-        trace: the whole schedule, warm-up included.
-        deadline_s: (N,) from the scheduled arrival.
-        labels: (N,) class index of the image sent, -1 where it is unknown.
+        grace_s: beyond the deadline; an answer within both is in time.
     """
 
-    def __init__(
-        self, trace: Trace, deadline_s: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], terms: Terms
-    ) -> None:
-        size = len(trace)
-        self._trace, self._terms = trace, terms
-        self._due_s: list[float] = trace.arrival_s.tolist()
-        self._deadline_s: list[float] = deadline_s.tolist()
-        self._labels = labels
-        self._out = Outcomes.empty(size)
-        self._out.labelled[:] = labels >= 0
-        self._sent_s = np.full(size, np.nan)
-        self._send_latency_s = np.full(size, np.nan)
-        self._gateway_met = np.zeros(size, np.bool_)
+    def __init__(self, grace_s: float) -> None:
+        self._grace_s = grace_s
+        self._due_s, self._deadline_s, self._label = array("d"), array("d"), array("q")
+        self._sent_s, self._latency_s, self._send_latency_s = array("d"), array("d"), array("d")
+        self._queue_s, self._inference_s = array("d"), array("d")
+        self._outcome, self._reason, self._rung = array("B"), array("B"), array("h")
+        self._right, self._gateway_met = array("B"), array("B")
         self._failures: list[tuple[int, str]] = []
         self._points: dict[PointUsed, int] = {}
+        self._tally = Tally()
         self.num_sent = 0
         self.finished = 0
-        self.recent: deque[tuple[float, Outcome, float]] = deque(maxlen=_RECENT)  # latency, outcome, gained accuracy
+
+    def expect(self, due_s: Iterable[float], deadline_s: Iterable[float], labels: Iterable[int]) -> None:
+        """Room for more requests, in the order in which they are due.
+
+        Arguments:
+            deadline_s: from the time when it is due.
+            labels: class index of the image that is sent, -1 where it is unknown.
+        """
+        before = len(self._due_s)
+        for column, values in ((self._due_s, due_s), (self._deadline_s, deadline_s)):
+            column.extend(values)
+        self._label.extend(labels)
+        more = len(self._due_s) - before
+        for times in (self._sent_s, self._latency_s, self._send_latency_s, self._queue_s, self._inference_s):
+            times.extend(array("d", [np.nan]) * more)
+        for codes in (self._reason, self._right, self._gateway_met):
+            codes.extend(bytes(more))
+        self._outcome.extend(bytes([Outcome.unfinished]) * more)
+        self._rung.extend(array("h", [-1]) * more)
 
     def sent(self, index: int, now: float) -> None:
         """Request `index` is about to be written to its connection."""
@@ -73,98 +113,66 @@ class Recorder:
 
     def ended(self, index: int, reply: Reply, now: float) -> None:
         """`reply` was there at `now`."""
-        out, latency_s = self._out, now - self._due_s[index]
-        deadline_s, gained = self._deadline_s[index] + self._terms.grace_s, 0.0
-        match reply:
-            case Answered():
-                outcome = Outcome.met if latency_s <= deadline_s else Outcome.late
-                out.rung[index] = self._points.setdefault(reply.point, len(self._points))
-                out.reason[index] = _REASON_CODES[reply.reason]
-                out.queue_s[index], out.inference_s[index] = reply.queue_s, reply.inference_s
-                # An answer never has the index of an unknown label, -1.
-                out.right[index] = reply.index == self._labels[index]
-                self._gateway_met[index] = reply.deadline_met
-                gained = reply.point.accuracy or 0.0 if outcome is Outcome.met else 0.0
-            case Shed():
-                outcome = Outcome.SHED
-                out.outcome[index] = _SHED_CODES[reply.reason]
-            case Expired():
-                outcome = Outcome.expired
-            case Failed():
-                outcome = Outcome.failed
-                self._failures.append((index, reply.why))
-        if outcome is not Outcome.SHED:
-            out.outcome[index] = outcome
-            if outcome in (Outcome.expired, Outcome.failed):
-                latency_s = max(latency_s, deadline_s)
-            out.latency_s[index] = latency_s
-            self._send_latency_s[index] = latency_s - (float(self._sent_s[index]) - self._due_s[index])
+        latency_s, tally = now - self._due_s[index], self._tally
+        deadline_s = self._deadline_s[index] + self._grace_s
         self.finished += 1
-        self.recent.append((latency_s if outcome is not Outcome.SHED else math.nan, outcome, gained))
+        tally.finished += 1
+        match reply:
+            case Shed():
+                self._outcome[index] = SHED_CODES[reply.reason]
+                tally.shed += 1
+                return
+            case Answered():
+                met = latency_s <= deadline_s
+                self._outcome[index] = Outcome.met if met else Outcome.late
+                self._rung[index] = self._points.setdefault(reply.point, len(self._points))
+                self._reason[index] = REASON_CODES[reply.reason]
+                self._queue_s[index], self._inference_s[index] = reply.queue_s, reply.inference_s
+                self._gateway_met[index] = reply.deadline_met
+                if met:
+                    tally.met += 1
+                    tally.gained += reply.point.accuracy or 0.0
+                if self._label[index] >= 0:
+                    self._right[index] = right = reply.index == self._label[index]
+                    tally.labelled += 1
+                    tally.right += right
+            case Expired() | Failed():
+                self._outcome[index] = Outcome.expired if isinstance(reply, Expired) else Outcome.failed
+                if isinstance(reply, Failed):
+                    self._failures.append((index, reply.why))
+                latency_s = max(latency_s, deadline_s)  # who waits in vain waits no shorter than who gets it late
+        self._latency_s[index] = latency_s
+        self._send_latency_s[index] = latency_s - (self._sent_s[index] - self._due_s[index])
+        tally.latency_s.append(latency_s)
 
-    def results(self, client_cpu_s: float, *, interrupted: bool) -> tuple[Trace, Outcomes, Ladder, Live]:
-        """Of the requests that were sent after the warm-up.
+    def take_tally(self) -> Tally:
+        """What ended since the last call."""
+        tally, self._tally = self._tally, Tally()
+        return tally
 
-        Arguments:
-            client_cpu_s: processor time of the generator during the run.
-        """
-        warmup_s = self._terms.warmup_s
-        keep = slice(int(np.searchsorted(self._trace.arrival_s, warmup_s)), self.num_sent)
-        outcomes = self._out.part(keep)
-        assert not (outcomes.outcome == Outcome.unfinished).any(), "a request was sent and has no outcome"
-        lag_s = quantiles((self._sent_s - self._trace.arrival_s)[keep])
-        answered, met = outcomes.answered, outcomes.outcome == Outcome.met
-        labelled, right = outcomes.labelled, outcomes.right
-        live = Live(
-            valid=not (reasons := _invalid(len(outcomes.outcome), lag_s)),
-            invalid_reasons=reasons,
-            interrupted=interrupted,
-            warmup_s=warmup_s,
-            warmup_requests=min(keep.start, self.num_sent),
-            timeout_s=self._terms.timeout_s,
-            grace_s=self._terms.grace_s,
-            latency_from_send_s=quantiles(self._send_latency_s[keep]),
-            send_lag_s=lag_s,
-            failures=dict(Counter(why for index, why in self._failures if index >= keep.start)),
-            gateway_slo_attainment=_mean(self._gateway_met[keep]),
-            labelled_answers=int((answered & labelled).sum()),
-            accuracy=_mean(right[answered & labelled]),
-            effective_accuracy=_mean((right & met)[labelled]),
-            client_cpu_s=client_cpu_s / max(self.num_sent, 1),
+    def record(self, start_s: float, cpu_s: float, *, interrupted: bool) -> Record:
+        """Everything."""
+        no_batches = Outcomes.empty(0)
+        return Record(
+            start_s,
+            np.array(self._due_s),
+            np.array(self._sent_s),
+            np.array(self._send_latency_s),
+            np.array(self._gateway_met, np.bool_),
+            tuple(self._failures),
+            Outcomes(
+                np.array(self._outcome, np.uint8),
+                np.array(self._rung, np.int16),
+                np.array(self._reason, np.uint8),
+                np.array(self._queue_s),
+                np.array(self._latency_s),
+                np.array(self._inference_s),
+                np.array(self._label) >= 0,
+                np.array(self._right, np.bool_),
+                no_batches.batch_size,
+                no_batches.decision_s,
+            ),
+            tuple(self._points),
+            cpu_s,
+            interrupted,
         )
-        trace = self._trace.part(keep, warmup_s)
-        return trace, self._ordered(outcomes), self._ladder(), live
-
-    def _ladder(self) -> Ladder:
-        """The points that were used, from the cheapest on."""
-        rungs = []
-        for used in sorted(self._points, key=lambda point: point.relative_compute):
-            factor, experts = used.capacity_factor, used.num_selected_experts
-            point = None if factor is None or experts is None else OperatingPoint(factor, experts)
-            rungs.append(Rung(point, used.slots, used.accuracy, used.accuracy or 0.0, None))
-        return Ladder(rungs, range(len(rungs)))
-
-    def _ordered(self, outcomes: Outcomes) -> Outcomes:
-        """With the rungs of `_ladder` in place of the order in which points were met."""
-        met = list(self._points)
-        order = sorted(range(len(met)), key=lambda place: met[place].relative_compute)
-        places = np.array([*np.argsort(order), -1], np.int16)
-        outcomes.rung[:] = places[outcomes.rung]
-        return outcomes
-
-
-def _invalid(requests: int, lag_s: LatencyQuantiles) -> list[str]:
-    """Why the figures may not be relied on."""
-    reasons = []
-    if requests < LEAST_REQUESTS:
-        reasons.append(f"{requests} requests after the warm-up are too few for a 99th percentile: {LEAST_REQUESTS}")
-    if lag_s.p99 is not None and lag_s.p99 > MAX_SEND_LAG_S:
-        reasons.append(
-            f"the generator fell behind: 1 % of requests were sent more than {1000 * lag_s.p99:.1f} ms late, "
-            f"at most {1000 * MAX_SEND_LAG_S:g} ms are allowed"
-        )
-    return reasons
-
-
-def _mean(values: npt.NDArray[np.bool_]) -> float | None:
-    return float(values.mean()) if len(values) else None

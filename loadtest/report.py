@@ -126,9 +126,12 @@ class Live(_Model):
     Attributes:
         valid, invalid_reasons: whether the figures may be relied on, and why not.
         interrupted: stopped by hand; the report is of what had been sent.
+        closed_users: of a closed loop, who each send when they have their last answer; null in an open loop.
         warmup_s, warmup_requests: sent first, cut from every figure.
         timeout_s: after which a request without an answer counts as failed.
         grace_s: beyond the deadline, for the way there and back: an answer within both is in time.
+        percentile: of latency, in per cent, that was asked for; percentile_bound_s: what it does not exceed, with 99 %
+            confidence (`loadtest.validity`), null where the requests are too few to say.
         latency_from_send_s: as `latency_s`, from the moment the request was sent. It leaves out the time for which a
             request was due and not sent; shown for comparison.
         send_lag_s: sent after it was due.
@@ -142,10 +145,13 @@ class Live(_Model):
     valid: bool
     invalid_reasons: list[str]
     interrupted: bool
+    closed_users: int | None = None
     warmup_s: float
     warmup_requests: int
     timeout_s: float
     grace_s: float
+    percentile: float
+    percentile_bound_s: float | None
     latency_from_send_s: LatencyQuantiles
     send_lag_s: LatencyQuantiles
     failures: dict[str, int]

@@ -31,6 +31,8 @@ def print_report(report: Report, console: Console) -> None:
 
 def _print_live(live: Live, console: Console) -> None:
     lag, from_send = live.send_lag_s, live.latency_from_send_s
+    if live.percentile_bound_s is not None:
+        console.print(f"p{live.percentile:g} is at most {_ms(live.percentile_bound_s)} ms, with 99 % confidence")
     console.print(
         f"latency counts from the schedule; from send p50 {_ms(from_send.p50)}, p99 {_ms(from_send.p99)} ms; "
         f"sent late by p50 {_ms(lag.p50)}, p99 {_ms(lag.p99)} ms"

@@ -11,6 +11,8 @@ from typing import Literal
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from server.backends.triton.address import Address
+
 _MIB = 1 << 20
 
 
@@ -35,7 +37,8 @@ class Settings(BaseSettings):
         default="embedded", description="where batches run: in this process, or on Triton servers"
     )
     triton_urls: str = Field(
-        default="127.0.0.1:8001", description="gRPC endpoints of the Triton servers, host:port, separated by commas"
+        default="127.0.0.1:8001",
+        description="Triton servers, separated by commas: host:port (gRPC), grpc://host:port or http://host:port",
     )
     triton_timeout_s: float = Field(
         default=5.0, gt=0, description="longest that a batch may take on a Triton server, whatever its deadline"
@@ -96,9 +99,10 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _endpoints_are_addresses(self) -> Settings:
         for url in self.triton_endpoints:
-            host, _, port = url.rpartition(":")
-            if not host or "/" in url or not port.isdecimal():
-                raise ValueError(f"triton_urls must be host:port of gRPC endpoints, separated by commas, got {url!r}")
+            try:
+                Address.parse(url)
+            except ValueError as error:
+                raise ValueError(f"triton_urls: {error}") from error
         return self
 
     @model_validator(mode="after")

@@ -35,6 +35,8 @@ from vmoe.preprocess import Preprocessing, scale_and_offset
 
 logger = logging.getLogger(__name__)
 
+SAVE_EVERY_S = 120.0  # chosen: what a killed run loses at most
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -53,6 +55,7 @@ class TrainConfig:
             `adaptive_min_capacity_factor` and the configured C) instead of the configured one. 0 trains one point only.
         autocast: `bfloat16` or `none`.
         clip_norm: largest norm of the gradient.
+        optimizer: `adamw`, or `sgd` with momentum 0.9.
     """
 
     epochs: int = 26
@@ -72,12 +75,15 @@ class TrainConfig:
     autocast: str = "bfloat16"
     clip_norm: float = 1.0
     seed: int = 0
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError(f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}")
         if self.autocast not in ("bfloat16", "none"):
             raise ValueError(f"autocast must be 'bfloat16' or 'none', got {self.autocast!r}")
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"optimizer must be 'adamw' or 'sgd', got {self.optimizer!r}")
 
 
 class Trainer:
@@ -101,11 +107,15 @@ class Trainer:
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=config.learning_rate,
-            fused=True,
-        )
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
         self.steps_per_epoch = len(data) // config.batch_size
         if self.steps_per_epoch == 0:
             raise ValueError(f"batch_size {config.batch_size} is larger than the data set of {len(data)} images")
@@ -173,7 +183,14 @@ class Trainer:
         return model.eval()
 
     def save(self, directory: Path) -> None:
-        """Atomic; the averaged weights are the checkpoint's model."""
+        """Atomic; the averaged weights are the checkpoint's model.
+
+        Raises:
+            FloatingPointError: weights are not finite; the checkpoint that was there stays.
+        """
+        for name, value in self.average.items():
+            if not torch.isfinite(value).all():
+                raise FloatingPointError(f"parameter {name} is not finite at step {self.step}, nothing was saved")
         state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for index, values in self.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
@@ -197,10 +214,9 @@ class Trainer:
             CheckpointError: the run was made with other settings, so its continuation would be neither run.
         """
         state, progress = load_training_state(directory)
-        mine = asdict(self.config)
-        differing = {
-            k: (progress["train_config"].get(k), v) for k, v in mine.items() if progress["train_config"].get(k) != v
-        }
+        # A setting that did not exist when the run was saved had its default.
+        saved = asdict(TrainConfig()) | progress["train_config"]
+        differing = {name: (saved[name], value) for name, value in asdict(self.config).items() if saved[name] != value}
         if differing:
             raise CheckpointError(f"{directory} was trained with other settings (saved, given): {differing}")
         if load_config(directory / "config.json") != self.model.config:
@@ -280,7 +296,7 @@ def train(
     *,
     evaluate: Callable[[VisionTransformer], dict[str, float]],
     progress: Callable[[int, dict[str, float]], None],
-    save_every_s: float = 120.0,
+    save_every_s: float = SAVE_EVERY_S,
 ) -> None:
     """Runs to the end: a line of JSON per epoch in `log.jsonl`, a checkpoint every `save_every_s` and at the end.
 

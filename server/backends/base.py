@@ -14,7 +14,7 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-# An answer that is late by less is delivered and counts as late; who has waited longer has heard so. Chosen, not tuned.
+# An answer that is late by less is delivered, and counts as late; who waits longer hears 504. Chosen, not tuned.
 GRACE_S: Final = 0.05
 
 

@@ -8,6 +8,7 @@ from exporter.bundle import Bundle
 from server.backends.base import Backend, BackendError
 from server.backends.fallback import FallbackBackend
 from server.backends.ort import OrtBackend
+from server.backends.triton.address import Address
 from server.metrics import BackendMetrics
 from server.settings import Settings
 
@@ -21,10 +22,11 @@ def create_backend(settings: Settings, bundle: Bundle, registry: CollectorRegist
         return OrtBackend(bundle, settings.threads)
     try:
         from server.backends.triton.backend import TritonBackend  # an optional dependency
-    except ModuleNotFoundError as error:
-        raise BackendError(
-            f"backend triton needs the module {error.name}: pip install 'vmoe-serving[triton]'"
-        ) from error
+
+        if any(Address.parse(url).protocol == "http" for url in settings.triton_endpoints):
+            import server.backends.triton.http_client  # noqa: F401  # another one, better missed here than in a probe
+    except (ModuleNotFoundError, RuntimeError) as error:  # tritonclient makes the second of the first
+        raise BackendError(f"backend triton lacks a library: {error}; pip install 'vmoe-serving[triton]'") from error
     metrics = BackendMetrics(registry)
     triton = TritonBackend(
         bundle.manifest,

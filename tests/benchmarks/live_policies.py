@@ -40,7 +40,7 @@ from loadtest import arrivals
 from loadtest.client import Answered, Client, connect
 from loadtest.generator import Plan, measure
 from loadtest.images import SAMPLE, Images, load_images
-from loadtest.recorder import Terms
+from loadtest.live_results import Terms
 from loadtest.report import PolicyUsed, Report, Setup, summarise
 from loadtest.simulator import Machine, simulate
 from loadtest.subject import Subject

@@ -39,12 +39,16 @@ class _Connection(asyncio.Protocol):
         self._received = b""
         status, content = self._stall.answer
         reply = b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(content), content)
-        self._stall.loop.call_at(self._stall.answer_at_s(), self._transport.write, reply)
+        self._stall.loop.call_at(self._stall.answer_at_s(), self._answer, reply)
+
+    def _answer(self, reply: bytes) -> None:
+        self._stall.answered_s.append(self._stall.loop.time())
+        self._transport.write(reply)
 
 
 class _Stall:
-    def __init__(self, from_s: float, until_s: float, answer: tuple[bytes, bytes]) -> None:
-        self.loop, self.answer = asyncio.new_event_loop(), answer
+    def __init__(self, from_s: float, until_s: float, answer: tuple[bytes, bytes], answered_s: list[float]) -> None:
+        self.loop, self.answer, self.answered_s = asyncio.new_event_loop(), answer, answered_s
         self._from_s, self._until_s = from_s, until_s
         self._first_s: float | None = None
         self.transports: set[asyncio.Transport] = set()
@@ -58,10 +62,18 @@ class _Stall:
 
 @contextmanager
 def stalling_server(
-    from_s: float = 0.0, until_s: float = 0.0, answer: tuple[bytes, bytes] = (b"200 OK", ANSWER)
+    from_s: float = 0.0,
+    until_s: float = 0.0,
+    answer: tuple[bytes, bytes] = (b"200 OK", ANSWER),
+    answered_s: list[float] | None = None,
 ) -> Iterator[str]:
-    """The URL of a running server. `answer`: status line and body."""
-    stall = _Stall(from_s, until_s, answer)
+    """The URL of a running server.
+
+    Arguments:
+        answer: status line and body.
+        answered_s: gets the monotonic time of every answer.
+    """
+    stall = _Stall(from_s, until_s, answer, [] if answered_s is None else answered_s)
     server = stall.loop.run_until_complete(stall.loop.create_server(lambda: _Connection(stall), "127.0.0.1", 0))
     thread = threading.Thread(target=stall.loop.run_forever)
     thread.start()

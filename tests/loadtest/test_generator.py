@@ -17,9 +17,11 @@ from loadtest.client import Client, Target
 from loadtest.errors import LoadtestError
 from loadtest.generator import Plan, offer
 from loadtest.images import SAMPLE, load_images
-from loadtest.recorder import LEAST_REQUESTS, MAX_SEND_LAG_S, Recorder, Terms
-from loadtest.report import Report, Setup, summarise
+from loadtest.live_results import Terms, live_report
+from loadtest.recorder import Record, Recorder
+from loadtest.report import Report, Setup
 from loadtest.trace import Trace
+from loadtest.validity import MAX_SEND_LAG_S, least_requests
 from tests.loadtest.stalling_server import ANSWER, SERVICE_S, stalling_server
 
 LABELS = ("T-shirt/top", "Ankle boot")
@@ -33,21 +35,25 @@ def truth_s(arrival_s: np.ndarray) -> np.ndarray:
     return SERVICE_S + np.where(stalled, STALL[1] - arrival_s, 0.0)
 
 
-def load(
+def offered(
     url: str, trace: Trace, setup: Setup, progress: Callable[[Recorder], None] = lambda recorder: None, **terms: float
-) -> Report:
+) -> tuple[Record, Report]:
     plan = Plan(trace, "test", Terms(**({"warmup_s": 0.0, "timeout_s": 10.0, "grace_s": 0.0} | terms)), seed=0)
     target = Target(url, "model", LABELS, "fixed", "test", {"auto": 0.1})
 
-    async def main() -> Report:
+    async def main() -> Record:
         timeout = aiohttp.ClientTimeout(total=plan.terms.timeout_s)
         async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-            client = Client(session, target)
-            recorder, interrupted, cpu_s = await offer(client, plan, load_images(SAMPLE, LABELS), progress)
-        counted, outcomes, ladder, live = recorder.results(cpu_s, interrupted=interrupted)
-        return summarise(counted, outcomes, ladder, setup, live)
+            return await offer(Client(session, target), plan, load_images(SAMPLE, LABELS), progress)
 
-    return asyncio.run(main())
+    record = asyncio.run(main())
+    return record, live_report(record, plan.trace, plan.terms, setup)
+
+
+def load(
+    url: str, trace: Trace, setup: Setup, progress: Callable[[Recorder], None] = lambda recorder: None, **terms: float
+) -> Report:
+    return offered(url, trace, setup, progress, **terms)[1]
 
 
 def closed_loop_latencies_s(url: str, users: int) -> list[float]:
@@ -71,13 +77,16 @@ def closed_loop_latencies_s(url: str, users: int) -> list[float]:
 def test_p99_when_the_server_stalls_for_a_second_then_it_is_the_schedules_and_a_closed_loop_does_not_see_it(
     setup: Setup,
 ) -> None:
-    arrival_s = constant(RATE_HZ, DURATION_S)
-    with stalling_server(*STALL) as url:
-        report = load(url, Trace.of(arrival_s), setup)
-    # 100 of 500 requests are due during the stall, the first waits 1.02 s and each next 10 ms less: p99 is 0.97 s
-    expected = float(np.percentile(truth_s(arrival_s), 99))
-    assert expected == pytest.approx(0.97, abs=0.01)
+    # Few at once: to read a hundred answers takes a busy machine longer than the tolerance.
+    arrival_s, answered_s = constant(20, DURATION_S), list[float]()
+    with stalling_server(*STALL, answered_s=answered_s) as url:
+        record, report = offered(url, Trace.of(arrival_s), setup)
+    # 20 of 100 requests are due during the stall, the first waits 1.02 s and each next 50 ms less: p99 is 0.97 s. On a
+    # busy machine the stall begins late, with the first request: the server knows when it answered.
+    assert np.percentile(truth_s(arrival_s), 99) == pytest.approx(0.97, abs=0.001)
+    expected = float(np.percentile(np.sort(answered_s) - record.start_s - arrival_s, 99))
     assert report.latency_s.p99 == pytest.approx(expected, rel=0.02)
+    assert expected > 0.9
     # Two users of 50 requests a second each offer the same rate, and all but two of their requests miss the stall.
     with stalling_server(*STALL) as url:
         latencies_s = closed_loop_latencies_s(url, users=2)
@@ -152,7 +161,7 @@ def test_report_when_there_is_a_warm_up_then_its_requests_are_cut_and_stated(set
     assert (report.live.warmup_requests, report.offered, report.slo_attainment) == (25, 25, 1.0)
     assert report.live.invalid_reasons[0].startswith("25 requests after the warm-up are too few")
     assert report.duration_s == pytest.approx(0.48)
-    assert LEAST_REQUESTS > 25
+    assert least_requests(99) > 25
 
 
 def test_accuracy_when_images_have_labels_then_it_is_measured_beside_that_of_the_points(setup: Setup) -> None:

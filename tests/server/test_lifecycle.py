@@ -74,6 +74,17 @@ def test_gateway_when_the_model_routes_several_images_together_then_it_is_refuse
         create_server(Settings(), bundle, backend, CollectorRegistry())
 
 
+def test_backend_when_its_library_is_missing_then_the_program_says_what_to_install() -> None:
+    program = "import sys; sys.modules['geventhttpclient'] = None; from server.cli import main; main()"
+    arguments = ["--backend", "triton", "--triton-urls", "a:8001,http://b:8000"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "does not include http support" in done.stderr
+    assert "pip install 'vmoe-serving[triton]'" in done.stderr
+
+
 def test_server_when_imported_then_torch_is_not() -> None:
     program = "import sys, server.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
@@ -85,7 +96,7 @@ def test_server_when_imported_then_torch_is_not() -> None:
         (["--port", "eighty"], 2, "port"),
         (["--colour", "red"], 2, "--colour"),
         (["--max-images-per-request", "99", "--max-queue-images", "9"], 2, "max_queue_images"),
-        (["--triton-urls", "http://host:8000"], 2, "triton_urls must be host:port"),
+        (["--triton-urls", "a:8001,https://b:8000"], 2, "http://host:port, got 'https://b:8000'"),
         (["--model", "nothing"], 1, "is model_repository/nothing a bundle?"),
         (["--policy", "fxed"], 1, "'fxed' is neither a file nor a policy; policies are foresight, fixed,"),
         (["--policy", "tests/data/policy/bad.toml"], 1, "bad.toml, line 4: budgets.auto.deadline"),

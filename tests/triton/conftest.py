@@ -10,6 +10,12 @@ import pytest
 from tests.triton_server import TritonServer, python_repository
 
 SHIPPED = Path(__file__).parents[2] / "model_repository" / "vmoe-fashion-mnist"
+PROTOCOLS = ("grpc", "http")
+
+
+def url_of(server: TritonServer, protocol: str) -> str:
+    """An entry of the setting `triton_urls`."""
+    return {"grpc": server.grpc_url, "http": f"http://{server.http_url}"}[protocol]
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from exporter.bundle import Bundle
 from exporter.measure import labelled_images, sample_images
 from server.backends.ort import OrtBackend
 from tests.server.conftest import serving, wait_ready
-from tests.triton.conftest import SHIPPED
+from tests.triton.conftest import PROTOCOLS, SHIPPED, url_of
 from tests.triton_server import TritonServer
 
 BUNDLE = Bundle.load(SHIPPED)
@@ -58,8 +58,10 @@ PNG = {"Content-Type": "image/png"}
 
 
 @contextmanager
-def gateway(*servers: TritonServer, wait: bool = True, **settings: object) -> Iterator[httpx.Client]:
-    urls = ",".join(server.grpc_url for server in servers)
+def gateway(
+    *servers: TritonServer, protocol: str = "grpc", wait: bool = True, **settings: object
+) -> Iterator[httpx.Client]:
+    urls = ",".join(url_of(server, protocol) for server in servers)
     values = {"backend": "triton", "triton_urls": urls, **PROBES, **settings}
     with serving(BUNDLE, wait=wait, **values) as client:
         yield client
@@ -151,8 +153,14 @@ def probabilities(results: list[dict[str, Any]]) -> list[float]:
     return [prediction["probability"] for result in results for prediction in result["predictions"]]
 
 
+over_both = pytest.mark.parametrize("protocol", PROTOCOLS)
+
+
+@over_both
 @pytest.mark.skipif(not DATASET.is_dir(), reason=f"{DATASET} is missing: apt install dataset-fashion-mnist")
-def test_answers_when_the_engine_is_triton_then_they_are_those_of_the_embedded_one(triton: TritonServer) -> None:
+def test_answers_when_the_engine_is_triton_then_they_are_those_of_the_embedded_one(
+    triton: TritonServer, protocol: str
+) -> None:
     queries = [
         *(f"budget={budget}&deadline_ms=9000" for budget in ("low", "max")),
         "capacity_factor=0.5&num_selected_experts=1&deadline_ms=9000",
@@ -160,7 +168,7 @@ def test_answers_when_the_engine_is_triton_then_they_are_those_of_the_embedded_o
         "min_accuracy=0.925&top=10&deadline_ms=9000",
     ]
     answers: list[list[Any]] = []
-    with serving(BUNDLE, OrtBackend(BUNDLE, threads=1)) as embedded, gateway(triton) as remote:
+    with serving(BUNDLE, OrtBackend(BUNDLE, threads=1)) as embedded, gateway(triton, protocol=protocol) as remote:
         for client in (embedded, remote):
             results: list[Any] = [None] * len(queries)
 
@@ -187,6 +195,7 @@ def test_answers_when_the_engine_is_triton_then_they_are_those_of_the_embedded_o
     assert len(answers[1][4]) == len(IMAGES)
 
 
+@over_both
 @pytest.mark.parametrize(
     ("update", "message"),
     [
@@ -200,10 +209,10 @@ def test_answers_when_the_engine_is_triton_then_they_are_those_of_the_embedded_o
     ],
 )
 def test_start_when_the_server_has_another_model_then_the_gateway_stays_unready(
-    triton: TritonServer, caplog: pytest.LogCaptureFixture, update: dict[str, object], message: str
+    triton: TritonServer, caplog: pytest.LogCaptureFixture, update: dict[str, object], message: str, protocol: str
 ) -> None:
     other = Bundle(SHIPPED, BUNDLE.manifest.model_copy(update=update))
-    values = {"backend": "triton", "triton_urls": triton.grpc_url, **PROBES}
+    values = {"backend": "triton", "triton_urls": url_of(triton, protocol), **PROBES}
     with caplog.at_level(logging.WARNING), serving(other, wait=False, **values) as client:
         until(lambda: total(series(client), "vmoe_endpoint_failures_total") >= 3)
         assert client.get("/readyz").status_code == 503
@@ -232,8 +241,11 @@ def test_stop_when_no_server_ever_came_then_the_gateway_does_not_wait(victim: Tr
     victim.wait_ready()
 
 
-def test_kill_when_under_load_then_every_request_is_answered_and_a_restart_heals(victim: TritonServer) -> None:
-    with gateway(victim) as client, Load(str(client.base_url)) as load:
+@over_both
+def test_kill_when_under_load_then_every_request_is_answered_and_a_restart_heals(
+    victim: TritonServer, protocol: str
+) -> None:
+    with gateway(victim, protocol=protocol) as client, Load(str(client.base_url)) as load:
         load.wait_for(200, count=50)
         victim.kill()
         load.wait_for(503, "backend_unavailable", count=20)
@@ -255,8 +267,11 @@ def test_kill_when_under_load_then_every_request_is_answered_and_a_restart_heals
         assert failed + shed == counts[503, "backend_unavailable"]
 
 
-def test_hang_when_under_load_then_clients_hear_in_time_and_it_heals_by_itself(victim: TritonServer) -> None:
-    with gateway(victim) as client, Load(str(client.base_url)) as load:
+@over_both
+def test_hang_when_under_load_then_clients_hear_in_time_and_it_heals_by_itself(
+    victim: TritonServer, protocol: str
+) -> None:
+    with gateway(victim, protocol=protocol) as client, Load(str(client.base_url)) as load:
         load.wait_for(200, count=50)
         victim.pause()
         load.wait_for(503, "backend_unavailable", count=20)
@@ -308,9 +323,15 @@ def test_fallback_when_the_server_dies_then_the_gateway_computes_at_the_cheapest
         until(lambda: client.post(QUERY, content=IMAGES[0], headers=PNG).json()["reason"] != "fallback")
 
 
-def test_unload_when_the_server_drops_the_model_then_503_until_it_is_back(triton_repository: Path) -> None:
+@over_both
+def test_unload_when_the_server_drops_the_model_then_503_until_it_is_back(
+    triton_repository: Path, protocol: str
+) -> None:
     arguments = ("--model-control-mode=explicit", f"--load-model={BUNDLE.manifest.name}")
-    with TritonServer(triton_repository, arguments=arguments) as server, gateway(server) as client:
+    with (
+        TritonServer(triton_repository, arguments=arguments) as server,
+        gateway(server, protocol=protocol) as client,
+    ):
         control = f"http://{server.http_url}/v2/repository/models/{BUNDLE.manifest.name}"
         httpx.post(f"{control}/unload", timeout=30).raise_for_status()
         until(lambda: client.get("/readyz").status_code != 200)

@@ -11,10 +11,11 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from tests.vmoe.tiny import CONFIG, DENSE, data_of, write_idx
+from tests.vmoe.tiny import CONFIG, DENSE, assert_same_state, data_of, write_idx
 from vmoe.checkpoint import load_checkpoint
-from vmoe.cli import app, default_preprocessing
+from vmoe.cli import app
 from vmoe.config import VARIANTS, ModelConfig
+from vmoe.train_cli import default_preprocessing
 
 SETTINGS = (
     "--epochs 2 --batch-size 6 --warmup-steps 2 --learning-rate 0.01 --autocast none --adaptive 0 --erase 0 "
@@ -140,6 +141,26 @@ def test_train_that_starts_from_another_architecture_is_refused(root: Path, trai
 def test_train_with_resume_and_other_settings_is_refused(trained: Path) -> None:
     settings = SETTINGS.replace("0.01", "0.02")
     assert "was trained with other settings" in refused(train(trained, "--resume", settings=settings))
+
+
+def test_train_into_the_directory_of_another_run_is_refused_and_leaves_it_alone(root: Path) -> None:
+    assert train(root).exit_code == 0
+    before = load_checkpoint(root / "run" / "checkpoint").state
+    message = refused(train(root, "--seed", "7"))
+    assert "exists: --resume continues its run, another --output leaves it alone" in message
+    assert_same_state(load_checkpoint(root / "run" / "checkpoint").state, before)
+
+
+def test_train_with_vanilla_routing_saves_it_with_the_model(root: Path) -> None:
+    assert train(root, "--routing", "vanilla").exit_code == 0
+    moe = load_checkpoint(root / "run" / "checkpoint").config.moe
+    assert moe is not None
+    assert moe.routing == "vanilla"
+
+
+def test_train_with_a_routing_that_does_not_exist_or_no_experts_is_refused(root: Path) -> None:
+    assert "--routing must be bpr or vanilla, got 'best'" in refused(train(root, "--routing", "best"))
+    assert "needs a model with experts" in refused(train(root, "--routing", "bpr", config=DENSE))
 
 
 def test_train_without_data_says_what_is_missing(root: Path) -> None:

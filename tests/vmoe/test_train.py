@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,10 +55,11 @@ def optimizer_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     [
         (CONFIG, {"mixup": 0.2, "adaptive": 0.5}),
         (CONFIG, {"autocast": "bfloat16"}),
+        (CONFIG, {"optimizer": "sgd"}),
         (replace(CONFIG, moe=replace(MOE, group_images=2), position_embedding="learned"), {"adaptive": 1.0}),
         (DENSE, {}),
     ],
-    ids=["adaptive-mixup", "bfloat16", "groups", "dense"],
+    ids=["adaptive-mixup", "bfloat16", "sgd", "groups", "dense"],
 )
 def test_run_of_six_steps_equals_three_and_three_after_a_resume_bit_for_bit(
     tmp_path: Path, config: ModelConfig, changes: dict[str, Any]
@@ -276,6 +280,29 @@ def test_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights() -> N
     assert trainer.step == 0
 
 
+def test_weights_that_are_not_finite_are_not_saved_over_a_good_checkpoint(tmp_path: Path) -> None:
+    trainer = trainer_of(learning_rate=math.inf, warmup_steps=0)
+    trainer.save(tmp_path / "checkpoint")
+    before = load_checkpoint(tmp_path / "checkpoint").state
+    trainer.run_step()  # the gradient was finite, the step is not
+    with pytest.raises(FloatingPointError, match="is not finite at step 1, nothing was saved"):
+        trainer.save(tmp_path / "checkpoint")
+    assert_same_state(load_checkpoint(tmp_path / "checkpoint").state, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_checkpoint_from_before_a_setting_existed_resumes_with_its_default(tmp_path: Path) -> None:
+    trainer_of().save(tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "training.json"
+    progress = json.loads(path.read_text())
+    del progress["train_config"]["optimizer"]
+    path.write_text(json.dumps(progress))
+    average = load_checkpoint(tmp_path / "checkpoint").state
+    trainer_of().resume(tmp_path / "checkpoint", average)
+    with pytest.raises(CheckpointError, match=r"other settings .*'optimizer': \('adamw', 'sgd'\)"):
+        trainer_of(optimizer="sgd").resume(tmp_path / "checkpoint", average)
+
+
 def test_trainer_with_a_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size 25 is larger than the data set of 24 images"):
         trainer_of(batch_size=25)
@@ -291,6 +318,7 @@ def test_trainer_with_data_of_another_number_of_classes_is_refused() -> None:
     [
         ({"epochs": 0}, "epochs and batch_size must be at least 1, got 0 and 6"),
         ({"batch_size": 0}, "epochs and batch_size must be at least 1, got 2 and 0"),
+        ({"optimizer": "adam"}, "optimizer must be 'adamw' or 'sgd', got 'adam'"),
         ({"autocast": "bf16"}, "autocast must be 'bfloat16' or 'none', got 'bf16'"),
     ],
 )
@@ -333,6 +361,34 @@ def test_train_when_interrupted_leaves_the_last_checkpoint_to_resume_from(tmp_pa
     whole = trainer_of()
     run(whole, 8)
     assert_same_state(resumed.average, whole.average)
+
+
+KILLED_AT_FIVE = """
+import os, signal, sys
+from pathlib import Path
+from tests.vmoe.test_train import train, trainer_of
+
+def progress(step, values):
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train(trainer_of(), Path(sys.argv[1]), evaluate=lambda model: {}, progress=progress, save_every_s=-1.0)
+"""
+
+
+def test_run_that_is_killed_without_warning_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_FIVE, tmp_path], cwd=Path(__file__).parents[2], check=False
+    )
+    assert process.returncode == -signal.SIGKILL
+    resumed = trainer_of()
+    resumed.resume(tmp_path / "checkpoint", load_checkpoint(tmp_path / "checkpoint").state)
+    assert resumed.step == 4  # the fifth step was done, but not saved
+    run(resumed, 4)
+    whole = trainer_of()
+    run(whole, 8)
+    assert_same_state(resumed.average, whole.average)
+    assert_same_state(resumed.model.state_dict(), whole.model.state_dict())
 
 
 def test_train_when_interrupted_before_the_first_save_leaves_no_checkpoint(tmp_path: Path) -> None:

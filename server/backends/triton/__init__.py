@@ -1,5 +1,7 @@
-"""Batches run on Triton servers. Decisions stand in modules without I/O and clock, waiting in three others.
+"""Batches run on Triton servers. Decisions stand in modules without I/O and clock, waiting in the others.
 
 window, breaker, endpoint, failure, contract    how many batches at once, whether any, where, again, which model
-grpc_client, link, backend                      the wire, one server with its probes, all as one backend
+address, tensors                                what a URL says, batches to tensors and back
+grpc_client, http_client, connect               the wire
+link, backend                                   one server with its probes, all as one backend
 """

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 from exporter.bundle import Manifest
 from server.backends.base import Batch, Outputs
+from server.backends.triton.connect import connect
 from server.backends.triton.endpoint import Endpoint, choose
 from server.backends.triton.failure import CallFailed, may_retry
-from server.backends.triton.grpc_client import GrpcClient
 from server.backends.triton.link import Client, Link
 from server.errors import BackendUnavailable, DeadlineExceeded, GatewayError, InferenceFailed
 from server.metrics import BackendMetrics
@@ -20,7 +20,7 @@ class TritonBackend:
 
     Arguments:
         manifest: of what the servers must serve.
-        urls: host:port of each server's gRPC endpoint. Metrics have their position.
+        urls: as `address` reads them, one of each server. Metrics have their position.
         timeout_s: no batch takes longer, whatever its deadline.
         probe_s: between probes of a server, and the time for one.
         connect: to a URL, for a manifest; called in the event loop.
@@ -30,7 +30,6 @@ class TritonBackend:
     """
 
     floors_only = False
-    cancellable = True
 
     def __init__(
         self,
@@ -40,7 +39,7 @@ class TritonBackend:
         timeout_s: float,
         probe_s: float,
         metrics: BackendMetrics,
-        connect: Callable[[str, Manifest], Client] = GrpcClient,
+        connect: Callable[[str, Manifest], Client] = connect,
     ) -> None:
         self.endpoints = [Endpoint(str(position), probe_s) for position in range(len(urls))]
         self._manifest, self._urls, self._metrics, self._connect = manifest, urls, metrics, connect
@@ -52,6 +51,11 @@ class TritonBackend:
     @property
     def num_workers(self) -> int:
         return sum(endpoint.capacity for endpoint in self.endpoints)
+
+    @property
+    def cancellable(self) -> bool:
+        """One server that runs on with what nobody waits for is enough: the window must know what it is busy with."""
+        return all(link.cancellable for link in self._links.values())
 
     async def start(self, changed: Callable[[], None]) -> None:
         for endpoint, url in zip(self.endpoints, self._urls, strict=True):

@@ -21,6 +21,15 @@ REASONS: Final[tuple[Reason, ...]] = (
     "model",
 )
 
+# Statuses by which Triton's HTTP service names gRPC's, and those of a proxy in between that gets no answer.
+_OF_HTTP: Final = {
+    "404": "NOT_FOUND",
+    "499": "CANCELLED",
+    "502": "UNAVAILABLE",
+    "503": "UNAVAILABLE",
+    "504": "DEADLINE_EXCEEDED",
+}
+
 _ELSEWHERE: Final = frozenset({"refused", "connection", "hung", "not_ready", "mismatch", "queue_full"})
 _FOR_CERTAIN: Final = frozenset({"refused", "hung", "not_ready", "mismatch"})
 _OVERLOAD: Final = frozenset({"queue_full", "timeout"})
@@ -63,12 +72,13 @@ class CallFailed(Exception):
 
 
 def classify(status: str | None, message: str) -> Reason:
-    """From a gRPC status, for which one code means many things, and the message of Triton or gRPC (2.51, 1.67).
+    """From a status, for which one code means many things, and the message of Triton or gRPC (2.51, 1.67).
 
     Arguments:
-        status: such as `StatusCode.UNAVAILABLE`.
+        status: such as `StatusCode.UNAVAILABLE` of gRPC, or `503` of HTTP.
     """
     code, text = (status or "").removeprefix("StatusCode."), message.lower()
+    code = _OF_HTTP.get(code, code)
     if code == "DEADLINE_EXCEEDED" or "request timeout expired" in text:
         return "timeout"
     if "exceeds maximum queue size" in text:

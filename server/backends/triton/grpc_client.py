@@ -6,10 +6,8 @@ An image is copied once on its way into the message, which the client library do
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import tritonclient.grpc.aio as grpc_aio
 from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
@@ -18,7 +16,7 @@ from exporter.bundle import Manifest
 from server.backends.base import Batch, Outputs
 from server.backends.triton.contract import ServedModel, ServedTensor
 from server.backends.triton.failure import CallFailed, classify
-from vmoe.preprocess import normalize
+from server.backends.triton.tensors import input_tensors, output_names, read_outputs
 
 _T = TypeVar("_T")
 
@@ -38,19 +36,16 @@ class GrpcClient:
     """One server's model. Belongs to the event loop in which it was made.
 
     Arguments:
-        url: host:port.
+        location: host:port.
         manifest: of the model.
     """
 
-    def __init__(self, url: str, manifest: Manifest) -> None:
-        self._client = grpc_aio.InferenceServerClient(url, channel_args=_CHANNEL)
+    cancellable = True
+
+    def __init__(self, location: str, manifest: Manifest) -> None:
+        self._client = grpc_aio.InferenceServerClient(location, channel_args=_CHANNEL)
         self._manifest = manifest
         self._name, self._version = manifest.name, manifest.version
-        dense = manifest.architecture.moe is None
-        self._outputs = [InferRequestedOutput("logits")]
-        if not dense:
-            self._outputs += [InferRequestedOutput("kept"), InferRequestedOutput("expert_load")]
-        self._all_outputs = self._outputs + ([] if dense else [InferRequestedOutput("token_experts")])
 
     async def is_ready(self) -> bool:
         """Is the model loaded? Raises `CallFailed`."""
@@ -79,55 +74,25 @@ class GrpcClient:
         Raises:
             CallFailed
         """
-        sparse = self._manifest.architecture.moe is not None
+        inputs = []
+        for name, array, datatype in input_tensors(self._manifest, batch):
+            inputs.append(InferInput(name, array.shape, datatype))
+            inputs[-1].set_data_from_numpy(array)
+        outputs = [InferRequestedOutput(name) for name in output_names(self._manifest, explain=batch.explain)]
         result = await _translated(
             self._client.infer(
                 self._name,
-                self._inputs(batch),
+                inputs,
                 model_version=self._version,
-                outputs=self._all_outputs if batch.explain else self._outputs,
+                outputs=outputs,
                 timeout=max(round(1e6 * queue_timeout_s), 1),
                 client_timeout=timeout_s,
             )
         )
-        rows = len(batch.images)
-        logits = _array(result, "logits", rows)
-        if not sparse:
-            return Outputs(logits, np.zeros((rows, 0), np.float32), np.zeros((rows, 0, 0), np.int64), None)
-        return Outputs(
-            logits=logits,
-            kept=_array(result, "kept", rows),
-            expert_load=_array(result, "expert_load", rows),
-            token_experts=_array(result, "token_experts", rows) if batch.explain else None,
-        )
+        return read_outputs(self._manifest, batch, result)
 
     async def close(self) -> None:
         await self._client.close()
-
-    def _inputs(self, batch: Batch) -> list[InferInput]:
-        if self._manifest.input == "uint8":
-            inputs = [_input("images", batch.images, "UINT8")]
-        else:
-            inputs = [_input("images", normalize(batch.images, self._manifest.preprocessing), "FP32")]
-        if self._manifest.architecture.moe is not None:
-            inputs.append(_input("slots", batch.slots, "INT64"))
-            inputs.append(_input("num_selected_experts", batch.num_selected_experts, "INT64"))
-        return inputs
-
-
-def _input(name: str, array: npt.NDArray[Any], datatype: str) -> InferInput:
-    tensor = InferInput(name, array.shape, datatype)
-    tensor.set_data_from_numpy(array)
-    return tensor
-
-
-def _array(result: Any, name: str, rows: int) -> npt.NDArray[Any]:
-    """An output, which the server must have sent with a row per image."""
-    array: npt.NDArray[Any] | None = result.as_numpy(name)
-    if array is None or array.shape[:1] != (rows,):
-        found = None if array is None else array.shape
-        raise CallFailed("model", f"output {name} for {rows} images came back as {found}")
-    return array
 
 
 async def _translated(call: Awaitable[_T]) -> _T:

@@ -25,7 +25,14 @@ MISSED_PROBES: Final = 2
 
 
 class Client(Protocol):
-    """A connection; every method but `close` raises `CallFailed`."""
+    """A connection; every method but `close` raises `CallFailed`.
+
+    Attributes:
+        cancellable: the server drops a call that is cancelled before its turn.
+    """
+
+    @property
+    def cancellable(self) -> bool: ...
 
     async def is_ready(self) -> bool: ...
 
@@ -67,6 +74,10 @@ class Link:
         self._trouble = ""  # what was logged last
         self._calls: dict[asyncio.Timeout, float] = {}  # and when each ends
         self._opened = asyncio.Event()
+
+    @property
+    def cancellable(self) -> bool:
+        return self._client.cancellable
 
     async def call(self, batch: Batch) -> Outputs:
         """Runs a batch. Raises `CallFailed`."""

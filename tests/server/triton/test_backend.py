@@ -41,6 +41,7 @@ class ScriptedClient:
     batches: int = 0
     cancelled: int = 0
     limits: list[tuple[float, float]] = field(default_factory=list)
+    cancellable: bool = True
 
     async def is_ready(self) -> bool:
         await self._answer(0.001)
@@ -339,6 +340,15 @@ def test_infer_when_cancelled_then_the_call_is_and_the_place_is_free() -> None:
         assert bench.value("endpoint_in_flight_batches", endpoint="0") == 0
 
     run(scenario, servers=1)
+
+
+def test_cancellable_when_one_server_runs_on_with_what_is_cancelled_then_the_backend_is_not() -> None:
+    async def scenario(bench: Bench) -> None:
+        assert bench.backend.cancellable
+        bench.servers[1].cancellable = False
+        assert not bench.backend.cancellable
+
+    run(scenario)
 
 
 class Embedded:

@@ -31,6 +31,26 @@ def test_classify_when_a_status_comes_then_it_has_a_reason(code: str, message: s
     assert classify(f"StatusCode.{code}", message) == reason
 
 
+@pytest.mark.parametrize(
+    ("status", "message", "reason"),
+    [
+        ("404", "Request for unknown model: 'nope' is not found", "not_ready"),
+        ("503", "Request for unknown model: 'vmoe' has no available versions", "not_ready"),
+        ("503", "Exceeds maximum queue size", "queue_full"),
+        ("503", "Request timeout expired", "timeout"),
+        ("502", "an exception occurred in the client while decoding the response", "connection"),
+        ("504", "upstream request timeout", "timeout"),
+        ("499", "", "connection"),
+        ("400", "inference request batch-size must be <= 32 for 'vmoe-fashion-mnist'", "model"),
+        ("500", "Failed to process the request(s) for model instance", "model"),
+    ],
+)
+def test_classify_when_a_status_of_http_comes_then_it_has_the_same_reasons(
+    status: str, message: str, reason: str
+) -> None:
+    assert classify(status, message) == reason
+
+
 @pytest.mark.parametrize("reason", ["refused", "connection", "hung", "not_ready", "queue_full"])
 def test_retry_when_the_endpoint_failed_and_time_is_left_then_yes(reason: Reason) -> None:
     failure = Failure(reason, "")

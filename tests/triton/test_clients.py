@@ -1,0 +1,116 @@
+"""The connections of the gateway and a real server: both protocols say the same, and only one of them cancels."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton_client
+
+from exporter.bundle import Bundle
+from server.backends.base import Batch
+from server.backends.triton.connect import connect
+from server.backends.triton.contract import check_contract
+from server.backends.triton.failure import CallFailed
+from server.backends.triton.link import Client
+from tests.triton.conftest import PROTOCOLS, SHIPPED, url_of
+from tests.triton_server import TritonServer, free_port
+
+MANIFEST = Bundle.load(SHIPPED).manifest
+
+
+def using(url: str, scenario: Callable[[Client], Awaitable[None]]) -> None:
+    """Runs a scenario on a connection and checks that nothing is left of it."""
+
+    async def main() -> None:
+        client = connect(url, MANIFEST)
+        try:
+            await scenario(client)
+        finally:
+            await client.close()
+
+    asyncio.run(main())
+
+
+def batch(rows: int, *, explain: bool = False) -> Batch:
+    point = MANIFEST.points[-1]
+    return Batch(
+        np.random.default_rng(0).integers(0, 256, (rows, 28, 28, 1), np.uint8),
+        np.array([point.slots] * rows, np.int64),
+        np.full((rows, 1), point.num_selected_experts, np.int64),
+        explain,
+    )
+
+
+def test_description_when_asked_over_both_protocols_then_it_is_the_same_and_the_bundles(triton: TritonServer) -> None:
+    found = []
+
+    async def scenario(client: Client) -> None:
+        assert await client.is_ready()
+        found.append(await client.describe())
+
+    for protocol in PROTOCOLS:
+        using(url_of(triton, protocol), scenario)
+    assert found[0] == found[1]
+    assert found[0].parameters["model_sha256"] == MANIFEST.files["1/model.onnx"]
+    check_contract(MANIFEST, found[0])
+
+
+@pytest.mark.parametrize("explain", [False, True])
+def test_answers_when_asked_over_both_protocols_then_they_are_equal(triton: TritonServer, explain: bool) -> None:
+    found = []
+
+    async def scenario(client: Client) -> None:
+        found.append(await client.infer(batch(3, explain=explain), 30.0, 30.0))
+
+    for protocol in PROTOCOLS:
+        using(url_of(triton, protocol), scenario)
+    for name in ("logits", "kept", "expert_load", "token_experts")[: 3 + explain]:
+        np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
+    assert (found[0].token_experts is None, found[1].token_experts is None) == (not explain, not explain)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_failures_when_translated_then_each_has_its_reason(triton: TritonServer, protocol: str) -> None:
+    async def asks_too_much(client: Client) -> None:
+        with pytest.raises(CallFailed) as failed:
+            await client.infer(batch(MANIFEST.max_batch_size + 1), 30.0, 30.0)
+        assert failed.value.failure.reason == "model"
+        assert "must be <= 32" in failed.value.failure.detail
+
+    async def finds_nobody(client: Client) -> None:
+        for call in (client.is_ready(), client.describe(), client.infer(batch(1), 30.0, 30.0)):
+            with pytest.raises(CallFailed) as failed:
+                await call
+            assert failed.value.failure.reason == "refused"
+
+    using(url_of(triton, protocol), asks_too_much)
+    scheme = {"grpc": "grpc://", "http": "http://"}[protocol]
+    using(f"{scheme}127.0.0.1:{free_port()}", finds_nobody)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_calls_when_cancelled_while_they_wait_in_the_server_then_grpc_spares_them_and_http_does_not(
+    triton: TritonServer, protocol: str
+) -> None:
+    def executions() -> int:
+        with triton_client.InferenceServerClient(triton.grpc_url) as statistics:
+            (model,) = statistics.get_inference_statistics(MANIFEST.name).model_stats
+            return int(model.execution_count)
+
+    before = executions()
+
+    async def scenario(client: Client) -> None:
+        calls = [asyncio.create_task(client.infer(batch(32), 30.0, 30.0)) for _ in range(16)]
+        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)  # all have been sent by now
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await client.infer(batch(1), 30.0, 30.0)  # behind all of them
+        assert client.cancellable == (protocol == "grpc")
+        # Of 17 calls gRPC ran 2 to 4 and HTTP all; between the two is room for a busy machine.
+        assert client.cancellable == (executions() - before <= 10)
+
+    using(url_of(triton, protocol), scenario)

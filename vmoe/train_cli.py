@@ -1,0 +1,231 @@
+"""`python -m vmoe train` and `finetune`: one loop, from random weights or from a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from vmoe.architecture import Hints, parse_image_size
+from vmoe.checkpoint import Checkpoint, check_parameters, load_checkpoint
+from vmoe.class_subset import choose_classes
+from vmoe.config import VARIANTS, ConfigError, ModelConfig, Routing, load_config
+from vmoe.data import FASHION_MNIST_DIRECTORY, FASHION_MNIST_MEAN, FASHION_MNIST_STD, LabelledImages, load_images
+from vmoe.errors import CheckpointError
+from vmoe.evaluate import evaluate as evaluate_points
+from vmoe.finetune import FINE_TUNING, for_task
+from vmoe.model import VisionTransformer
+from vmoe.operating_point import OperatingPoint
+from vmoe.preprocess import Preprocessing
+from vmoe.sources import load_source
+from vmoe.terminal import choose_autocast, choose_device, clear_errors, count_progress
+from vmoe.train import SAVE_EVERY_S, TrainConfig, Trainer
+from vmoe.train import train as run_training
+
+DEFAULTS = TrainConfig()
+GLIMPSE = 2000  # test images looked at after each epoch: a full pass would take a tenth of the run
+
+OutputOption = Annotated[Path, typer.Option(help="Directory of the run: checkpoint and log.jsonl.")]
+DataOption = Annotated[Path, typer.Option(help="IDX directory or image folder.")]
+ClassesOption = Annotated[
+    str | None, typer.Option(help="Only these classes of the data, such as 0-4 or 0,2,5-7; the head fits them.")
+]
+MixupOption = Annotated[float, typer.Option(help="Alpha of the Beta distribution; 0 is off.")]
+AverageOption = Annotated[float, typer.Option(help="Decay of the weight average; 0 is off.")]
+FlipOption = Annotated[float, typer.Option(help="Augmentation: probability of a mirrored image.")]
+ShiftOption = Annotated[float, typer.Option(help="Augmentation: largest shift as a share of the side.")]
+ScaleOption = Annotated[float, typer.Option(help="Augmentation: largest zoom, ratio minus 1.")]
+EraseOption = Annotated[float, typer.Option(help="Augmentation: probability of an erased rectangle.")]
+AdaptiveOption = Annotated[float, typer.Option(help="Share of images that get a random (C, K) in each step.")]
+AutocastOption = Annotated[str, typer.Option(help="bfloat16, none, or auto: bfloat16 where it is fast.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there is one.")]
+ResumeOption = Annotated[bool, typer.Option(help="Continue the run in --output if it holds a checkpoint.")]
+SaveEveryOption = Annotated[float, typer.Option(help="Seconds between checkpoints; the last step writes one, too.")]
+
+
+def train(
+    output: OutputOption,
+    data: DataOption = FASHION_MNIST_DIRECTORY,
+    variant: Annotated[str, typer.Option(help=f"Named configuration: {', '.join(VARIANTS)}.")] = "vmoe_fashion_mnist",
+    config: Annotated[Path | None, typer.Option(help="Model configuration (JSON) instead of a variant.")] = None,
+    routing: Annotated[
+        str | None, typer.Option(help="bpr or vanilla (the paper's training), instead of the configuration's.")
+    ] = None,
+    classes: ClassesOption = None,
+    epochs: int = DEFAULTS.epochs,
+    batch_size: int = DEFAULTS.batch_size,
+    learning_rate: float = DEFAULTS.learning_rate,
+    warmup_steps: int = DEFAULTS.warmup_steps,
+    weight_decay: float = DEFAULTS.weight_decay,
+    label_smoothing: float = DEFAULTS.label_smoothing,
+    mixup: MixupOption = DEFAULTS.mixup,
+    average_decay: AverageOption = DEFAULTS.average_decay,
+    flip: FlipOption = DEFAULTS.flip,
+    shift: ShiftOption = DEFAULTS.shift,
+    scale: ScaleOption = DEFAULTS.scale,
+    erase: EraseOption = DEFAULTS.erase,
+    adaptive: AdaptiveOption = DEFAULTS.adaptive,
+    adaptive_min_capacity_factor: float = DEFAULTS.adaptive_min_capacity_factor,
+    autocast: AutocastOption = "auto",
+    clip_norm: float = DEFAULTS.clip_norm,
+    optimizer: Annotated[str, typer.Option(help="adamw or sgd (momentum 0.9).")] = DEFAULTS.optimizer,
+    seed: int = DEFAULTS.seed,
+    start_from: Annotated[Path | None, typer.Option(help="Checkpoint whose weights the run begins with.")] = None,
+    device: DeviceOption = "auto",
+    resume: ResumeOption = False,
+    save_every: SaveEveryOption = SAVE_EVERY_S,
+) -> None:
+    """Trains a model; the averaged weights of the run end up in OUTPUT/checkpoint."""
+    logging.basicConfig(level=logging.INFO)
+    with clear_errors():
+        if config is None and variant not in VARIANTS:
+            raise typer.BadParameter(f"unknown variant {variant!r}; known are {', '.join(VARIANTS)}")
+        settings = TrainConfig(
+            epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup_steps=warmup_steps,
+            weight_decay=weight_decay, label_smoothing=label_smoothing, mixup=mixup, average_decay=average_decay,
+            flip=flip, shift=shift, scale=scale, erase=erase, adaptive=adaptive,
+            adaptive_min_capacity_factor=adaptive_min_capacity_factor, autocast=choose_autocast(autocast, device),
+            clip_norm=clip_norm, optimizer=optimizer, seed=seed,
+        )  # fmt: skip
+        model_config = VARIANTS[variant] if config is None else load_config(config)
+        if routing is not None:
+            model_config = _with_routing(model_config, routing)
+        preprocessing = default_preprocessing(model_config)
+        images, held_out = _load(data, preprocessing, classes)
+        if classes is not None:
+            model_config = replace(model_config, num_classes=len(images.labels))
+        trainer = Trainer(model_config, settings, images, preprocessing, torch.device(choose_device(device)))
+        start = None if start_from is None else load_checkpoint(start_from)
+        _run(trainer, output, held_out, start=start, resume=resume, save_every_s=save_every)
+
+
+def finetune(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="Any that the exporter reads: ours, google-research/vmoe, timm and others."),
+    ],
+    output: OutputOption,
+    data: DataOption = FASHION_MNIST_DIRECTORY,
+    classes: ClassesOption = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="H or HxW, where it is not the model's own: positions are interpolated.")
+    ] = None,
+    num_selected_experts: Annotated[int | None, typer.Option(min=1, help="K, instead of the checkpoint's.")] = None,
+    capacity_factor: Annotated[
+        float | None, typer.Option(help="C, instead of the checkpoint's; the reference fine-tunes with 1.5.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Configuration of a source that does not tell it.")] = None,
+    epochs: int = FINE_TUNING.epochs,
+    batch_size: int = FINE_TUNING.batch_size,
+    learning_rate: float = FINE_TUNING.learning_rate,
+    warmup_steps: int = FINE_TUNING.warmup_steps,
+    weight_decay: float = FINE_TUNING.weight_decay,
+    label_smoothing: float = FINE_TUNING.label_smoothing,
+    mixup: MixupOption = FINE_TUNING.mixup,
+    average_decay: AverageOption = FINE_TUNING.average_decay,
+    flip: FlipOption = FINE_TUNING.flip,
+    shift: ShiftOption = FINE_TUNING.shift,
+    scale: ScaleOption = FINE_TUNING.scale,
+    erase: EraseOption = FINE_TUNING.erase,
+    adaptive: AdaptiveOption = FINE_TUNING.adaptive,
+    adaptive_min_capacity_factor: float = FINE_TUNING.adaptive_min_capacity_factor,
+    autocast: AutocastOption = "auto",
+    clip_norm: float = FINE_TUNING.clip_norm,
+    optimizer: Annotated[str, typer.Option(help="sgd (momentum 0.9), as the reference, or adamw.")] = (
+        FINE_TUNING.optimizer
+    ),
+    seed: int = FINE_TUNING.seed,
+    device: DeviceOption = "auto",
+    resume: ResumeOption = False,
+    save_every: SaveEveryOption = SAVE_EVERY_S,
+) -> None:
+    """Trains all weights of CHECKPOINT on new data; the head starts anew where the classes are other ones."""
+    logging.basicConfig(level=logging.INFO)
+    with clear_errors():
+        settings = TrainConfig(
+            epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup_steps=warmup_steps,
+            weight_decay=weight_decay, label_smoothing=label_smoothing, mixup=mixup, average_decay=average_decay,
+            flip=flip, shift=shift, scale=scale, erase=erase, adaptive=adaptive,
+            adaptive_min_capacity_factor=adaptive_min_capacity_factor, autocast=choose_autocast(autocast, device),
+            clip_norm=clip_norm, optimizer=optimizer, seed=seed,
+        )  # fmt: skip
+        hints = Hints(
+            image_size=None if image_size is None else parse_image_size(image_size),
+            num_selected_experts=num_selected_experts,
+            capacity_factor=capacity_factor,
+        )
+        source = load_source(checkpoint, hints, config_path=config)
+        images, held_out = _load(data, source.preprocessing, classes)
+        start = for_task(source, images.labels)
+        target = torch.device(choose_device(device))
+        trainer = Trainer(start.config, settings, images, start.preprocessing, target)
+        _run(trainer, output, held_out, start=start, resume=resume, save_every_s=save_every)
+
+
+def default_preprocessing(config: ModelConfig) -> Preprocessing:
+    """Fashion-MNIST's statistics for one channel, the value range -1..1 of the reference for three."""
+    if config.channels == 1:
+        return Preprocessing(config.image_size, 1, FASHION_MNIST_MEAN, FASHION_MNIST_STD)
+    return Preprocessing(config.image_size, 3, (0.5,) * 3, (0.5,) * 3)
+
+
+def _load(data: Path, preprocessing: Preprocessing, classes: str | None) -> tuple[LabelledImages, LabelledImages]:
+    """Training and test images of the chosen classes."""
+    train_images, test_images = (
+        choose_classes(load_images(data, preprocessing, train=part), classes) for part in (True, False)
+    )
+    return train_images, test_images
+
+
+def _with_routing(config: ModelConfig, routing: str) -> ModelConfig:
+    if config.moe is None:
+        raise ConfigError(f"--routing {routing} needs a model with experts, this one is dense")
+    order: Routing = "vanilla" if routing == "vanilla" else "bpr"
+    if order != routing:
+        raise ConfigError(f"--routing must be bpr or vanilla, got {routing!r}")
+    return replace(config, moe=replace(config.moe, routing=order))
+
+
+def _run(
+    trainer: Trainer,
+    output: Path,
+    held_out: LabelledImages,
+    *,
+    start: Checkpoint | None,
+    resume: bool,
+    save_every_s: float,
+) -> None:
+    """Trains to the end with a progress bar.
+
+    Raises:
+        CheckpointError: `output` holds a checkpoint and the run is not to continue it; or `start` is another model.
+    """
+    checkpoint = output / "checkpoint"
+    if checkpoint.exists() and not resume:
+        raise CheckpointError(f"{checkpoint} exists: --resume continues its run, another --output leaves it alone")
+    if checkpoint.exists():
+        trainer.resume(checkpoint, load_checkpoint(checkpoint).state)
+    elif start is not None:
+        check_parameters({name: tuple(p.shape) for name, p in trainer.model.state_dict().items()}, start.state)
+        trainer.start_from(start.state)
+    config = trainer.model.config
+    points: list[OperatingPoint | None] = [config.operating_point]
+    if config.moe is not None:
+        points.append(OperatingPoint(0.25, 1))
+
+    def accuracies(model: VisionTransformer) -> dict[str, float]:
+        found = evaluate_points(model, held_out, trainer.preprocessing, points, limit=GLIMPSE)
+        return {"accuracy" if each.point is None else f"accuracy_{each.point}": each.accuracy for each in found}
+
+    with count_progress() as bar:
+        task = bar.add_task("train", total=trainer.num_steps, completed=trainer.step, status="")
+
+        def report(step: int, values: dict[str, float]) -> None:
+            status = f"loss {values['loss']:.3f}  accuracy {values['train_accuracy']:.3f}"
+            bar.update(task, completed=step, status=status)
+
+        run_training(trainer, output, evaluate=accuracies, progress=report, save_every_s=save_every_s)
