@@ -1,4 +1,4 @@
-"""`python -m loadtest`: load a gateway, simulate a policy on a trace, generate a trace."""
+"""`python -m loadtest`: load a gateway, simulate a policy on a trace, generate a trace, show reports."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from loadtest.errors import LoadtestError, TraceError
+from loadtest.html import write_page
 from loadtest.oracle import oracle
 from loadtest.progress import LiveProgress
 from loadtest.public_traces import load_trace
 from loadtest.report import PolicyUsed, Report, Setup, oracle_report, summarise
 from loadtest.rescale import Rescaling
+from loadtest.runs import Run, read_runs
 from loadtest.schedule import Kind, Mix, draw
 from loadtest.simulator import Machine, simulate
 from loadtest.subject import Subject
@@ -45,6 +47,8 @@ Window = Annotated[
     str | None, typer.Option(help="FROM:TO: these seconds of the trace; either may be left out.", metavar="FROM:TO")
 ]
 TimeScale = Annotated[float, typer.Option(help="Length over the trace's; 0.5 is twice as fast.")]
+Json = Annotated[Path | None, typer.Option(help="Write the report here.")]
+Html = Annotated[Path | None, typer.Option(help="Write the report as a page here: docs/reports.md.")]
 RateScale = Annotated[float, typer.Option(help="Requests over the trace's, in the same time.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure what a bundle and a policy can hold.")
@@ -68,7 +72,8 @@ def simulate_command(
     window: Window = None,
     time_scale: TimeScale = 1.0,
     rate_scale: RateScale = 1.0,
-    json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
+    json: Json = None,
+    html: Html = None,
 ) -> None:
     """Runs the gateway's scheduler over TRACE on a virtual clock, with the latencies of the bundle's profile."""
     with _clear_errors():
@@ -111,8 +116,7 @@ def simulate_command(
                 )
                 report = summarise(requests, outcomes, subject.ladder, setup)
         print_report(report, Console())
-        if json is not None:
-            _write(json, report)
+        _write(report, json, html)
 
 
 @app.command()
@@ -142,7 +146,8 @@ def run(
     percentile: Annotated[
         float, typer.Option(min=50, max=99.99, help="Of latency: the run must have requests enough for it.")
     ] = 99.0,
-    json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
+    json: Json = None,
+    html: Html = None,
 ) -> None:
     """Offers load to a live gateway and measures latency, accuracy and refusals. Ctrl-C ends it early, with a report.
 
@@ -179,8 +184,7 @@ def run(
                 )
             )
         print_report(report, Console())
-        if json is not None:
-            _write(json, report)
+        _write(report, json, html)
     if report.live is not None and not report.live.valid:
         raise typer.Exit(INVALID)
 
@@ -203,6 +207,16 @@ def generate(
         mix = Mix.parse(budget or (), deadline_ms or ())
         trace = draw(kind, rate_hz, duration_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
         _write_trace(out, trace)
+
+
+@app.command("html")
+def html_command(
+    reports: Annotated[list[Path], typer.Argument(help="Written by --json of `run` or `simulate`.")],
+    out: Annotated[Path, typer.Option(help="Page to write.")],
+) -> None:
+    """Shows reports as one page that needs no network: plots over time, tables, machine and versions."""
+    with _clear_errors():
+        write_page(out, read_runs(reports))
 
 
 @app.command()
@@ -241,11 +255,14 @@ def _write_trace(out: Path, trace: Trace) -> None:
     Console(stderr=True).print(f"{out}: {len(trace):,} requests in {trace.duration_s:.6g} s")
 
 
-def _write(path: Path, report: Report) -> None:
-    try:
-        path.write_text(report.model_dump_json(indent=2) + "\n")
-    except OSError as error:
-        raise LoadtestError(f"cannot write {path}: {error.strerror}") from error
+def _write(report: Report, json: Path | None, html: Path | None) -> None:
+    if json is not None:
+        try:
+            json.write_text(report.model_dump_json(indent=2) + "\n")
+        except OSError as error:
+            raise LoadtestError(f"cannot write {json}: {error.strerror}") from error
+    if html is not None:
+        write_page(html, [Run(report.setup.policy.name, report)])
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ class Outcomes:
 
     Attributes:
         outcome: (N,) uint8 `Outcome`.
+        deadline_s: (N,) from the arrival; NaN until the run knows it.
         rung: (N,) int16 of the ladder; -1 where there was no answer.
         reason: (N,) uint8 index into `SERVE_REASONS`; of answers only.
         queue_s: (N,) from the arrival until its batch started or it was dropped; NaN where it was refused.
@@ -58,6 +59,7 @@ class Outcomes:
     """
 
     outcome: npt.NDArray[np.uint8]
+    deadline_s: npt.NDArray[np.float64]
     rung: npt.NDArray[np.int16]
     reason: npt.NDArray[np.uint8]
     queue_s: npt.NDArray[np.float64]
@@ -73,6 +75,7 @@ class Outcomes:
         """Room for `size` requests, none finished."""
         return cls(
             np.full(size, Outcome.unfinished, np.uint8),
+            np.full(size, np.nan),
             np.full(size, -1, np.int16),
             np.zeros(size, np.uint8),
             np.full(size, np.nan),
@@ -88,6 +91,7 @@ class Outcomes:
         """Some of the requests; what is known of batches only is dropped, for a batch may hold others."""
         return Outcomes(
             self.outcome[keep],
+            self.deadline_s[keep],
             self.rung[keep],
             self.reason[keep],
             self.queue_s[keep],

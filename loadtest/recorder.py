@@ -162,6 +162,7 @@ class Recorder:
             tuple(self._failures),
             Outcomes(
                 np.array(self._outcome, np.uint8),
+                np.array(self._deadline_s),
                 np.array(self._rung, np.int16),
                 np.array(self._reason, np.uint8),
                 np.array(self._queue_s),

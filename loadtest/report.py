@@ -57,6 +57,14 @@ class LatencyQuantiles(_Model):
     max: float | None = None
 
 
+class Deadlines(_Model):
+    """Seconds from the arrival; null where nothing was offered, and in a report of the oracle."""
+
+    min: float | None = None
+    p50: float | None = None
+    max: float | None = None
+
+
 class Figures(_Model):
     """Of all requests, or of one budget; see the module for what each means."""
 
@@ -68,6 +76,7 @@ class Figures(_Model):
     shed_ratio: float | None
     missed_ratio: float | None
     degraded_ratio: float | None
+    deadline_s: Deadlines
     latency_s: LatencyQuantiles
     shed_by_reason: dict[str, int]
 
@@ -231,6 +240,7 @@ def oracle_report(trace: Trace, bound: Oracle | None, setup: Setup) -> Report:
         shed_ratio=None,
         missed_ratio=None,
         degraded_ratio=None,
+        deadline_s=Deadlines(),
         latency_s=LatencyQuantiles(),
         shed_by_reason={},
         setup=setup,
@@ -298,6 +308,7 @@ def _figures(outcomes: Outcomes, ladder: Ladder, mask: npt.NDArray[np.bool_]) ->
         shed_ratio=_ratio(sum(shed), offered),
         missed_ratio=_ratio(missed, offered),
         degraded_ratio=_ratio(degraded, num_answered),
+        deadline_s=_deadlines(outcomes.deadline_s[mask]),
         latency_s=quantiles(outcomes.latency_s[mask]),
         shed_by_reason=dict(zip(SHED_REASONS, shed, strict=True)),
     )
@@ -329,6 +340,13 @@ def quantiles(latency_s: npt.NDArray[np.float64]) -> LatencyQuantiles:
     return LatencyQuantiles(
         p50=p50, p90=p90, p95=p95, p99=p99, p999=p999, mean=float(admitted.mean()), max=float(admitted.max())
     )
+
+
+def _deadlines(deadline_s: npt.NDArray[np.float64]) -> Deadlines:
+    if not len(deadline_s):
+        return Deadlines()
+    middle = float(np.percentile(deadline_s, 50, method="lower"))  # one that somebody had
+    return Deadlines(min=float(deadline_s.min()), p50=middle, max=float(deadline_s.max()))
 
 
 def _point_share(ladder: Ladder, rung: int, answers: int, total: int) -> PointShare:

@@ -153,7 +153,8 @@ class _Run:
         part = slice(start, stop)
         own_s = np.array([budget.deadline_s for budget in budgets])[trace.budget[part]]
         asked_s = trace.deadline_s[part]
-        deadlines = trace.arrival_s[part] + np.where(np.isnan(asked_s), own_s, asked_s)
+        self._out.deadline_s[part] = np.where(np.isnan(asked_s), own_s, asked_s)
+        deadlines = trace.arrival_s[part] + self._out.deadline_s[part]
         rows = zip(trace.arrival_s[part].tolist(), deadlines.tolist(), trace.budget[part].tolist(), strict=True)
         for index, (now, deadline_s, code) in enumerate(rows, start):
             if ends and ends[0][0] <= now:

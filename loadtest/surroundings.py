@@ -95,7 +95,6 @@ class SurroundedRun:
         self._batches: list[tuple[float, int, Batch]] = []  # end on the clock v, number
         self._sizes: list[int] = []
         self._decisions: list[float] = []
-        self._deadline_s = np.zeros(len(trace))
         self._out = Outcomes.empty(len(trace))
 
     def to_the_end(self, budgets: list[Budget], progress: Callable[[int], None], every: int) -> Outcomes:
@@ -107,7 +106,7 @@ class SurroundedRun:
         """
         trace, half_s = self._trace, self._costs.way_s / 2
         own_s = np.array([budget.deadline_s for budget in budgets])[trace.budget]
-        self._deadline_s = np.where(np.isnan(trace.deadline_s), own_s, trace.deadline_s)
+        self._out.deadline_s[:] = np.where(np.isnan(trace.deadline_s), own_s, trace.deadline_s)
         for index, (arrival_s, code) in enumerate(zip(trace.arrival_s.tolist(), trace.budget.tolist(), strict=True)):
             if index % every == 0:
                 progress(index)
@@ -162,7 +161,7 @@ class SurroundedRun:
 
     def _uploaded(self, index: int, budget: Budget) -> None:
         now = self._now
-        deadline_s = now + float(self._deadline_s[index])
+        deadline_s = now + float(self._out.deadline_s[index])
         request = Request(now, deadline_s, budget, budget.floor, budget.ceiling, payload=(index, now))
         refusal = self._scheduler.check(request, now)
         if refusal is not None:
@@ -218,12 +217,12 @@ class SurroundedRun:
 
     def _answer(self, index: int) -> None:
         latency_s = self._latency_s(index)
-        in_time = latency_s <= self._deadline_s[index] + self._grace_s
+        in_time = latency_s <= self._out.deadline_s[index] + self._grace_s
         self._out.outcome[index] = Outcome.met if in_time else Outcome.late
         self._out.latency_s[index] = latency_s
 
     def _expire(self, index: int) -> None:
-        self._out.latency_s[index] = max(self._latency_s(index), self._deadline_s[index] + self._grace_s)
+        self._out.latency_s[index] = max(self._latency_s(index), self._out.deadline_s[index] + self._grace_s)
 
 
 def _nothing() -> None:

@@ -12,7 +12,7 @@ from loadtest.report import Figures, Live, Report
 def print_report(report: Report, console: Console) -> None:
     """Summary, budgets where there are several, and operating points."""
     if report.oracle is not None:
-        console.print(f"oracle: effective accuracy at most {_percent(report.oracle.effective_accuracy)} %")
+        console.print(f"oracle: effective accuracy at most {percent(report.oracle.effective_accuracy)} %")
         console.print(report.oracle.method, soft_wrap=True)
     else:
         console.print(_budgets(report))
@@ -32,19 +32,22 @@ def print_report(report: Report, console: Console) -> None:
 def _print_live(live: Live, console: Console) -> None:
     lag, from_send = live.send_lag_s, live.latency_from_send_s
     if live.percentile_bound_s is not None:
-        console.print(f"p{live.percentile:g} is at most {_ms(live.percentile_bound_s)} ms, with 99 % confidence")
+        console.print(
+            f"p{live.percentile:g} is at most {milliseconds(live.percentile_bound_s)} ms, with 99 % confidence"
+        )
     console.print(
-        f"latency counts from the schedule; from send p50 {_ms(from_send.p50)}, p99 {_ms(from_send.p99)} ms; "
-        f"sent late by p50 {_ms(lag.p50)}, p99 {_ms(lag.p99)} ms"
+        f"latency counts from the schedule; from send p50 {milliseconds(from_send.p50)}, "
+        f"p99 {milliseconds(from_send.p99)} ms; "
+        f"sent late by p50 {milliseconds(lag.p50)}, p99 {milliseconds(lag.p99)} ms"
     )
     console.print(
-        f"by the gateway's own clock {_percent(live.gateway_slo_attainment)} % in time; "
+        f"by the gateway's own clock {percent(live.gateway_slo_attainment)} % in time; "
         f"grace {1000 * live.grace_s:g} ms; {1e6 * live.client_cpu_s:.0f} us of processor per request here"
     )
     if live.labelled_answers:
         console.print(
-            f"of {live.labelled_answers:,} answers to labelled images {_percent(live.accuracy)} % were right; "
-            f"right and in time, of all sent: {_percent(live.effective_accuracy)} %"
+            f"of {live.labelled_answers:,} answers to labelled images {percent(live.accuracy)} % were right; "
+            f"right and in time, of all sent: {percent(live.effective_accuracy)} %"
         )
     for why, count in live.failures.items():
         console.print(f"failed: {count:,} x {why}", markup=False)
@@ -84,14 +87,14 @@ def _row(name: str, figures: Figures) -> tuple[str, ...]:
     return (
         name,
         f"{figures.offered:,}",
-        _percent(figures.slo_attainment),
-        _percent(figures.effective_accuracy),
-        _percent(figures.mean_accuracy),
-        _percent(figures.degraded_ratio),
-        _percent(figures.missed_ratio),
-        _percent(figures.shed_ratio),
-        _ms(figures.latency_s.p50),
-        _ms(figures.latency_s.p99),
+        percent(figures.slo_attainment),
+        percent(figures.effective_accuracy),
+        percent(figures.mean_accuracy),
+        percent(figures.degraded_ratio),
+        percent(figures.missed_ratio),
+        percent(figures.shed_ratio),
+        milliseconds(figures.latency_s.p50),
+        milliseconds(figures.latency_s.p99),
     )
 
 
@@ -101,16 +104,18 @@ def _points(report: Report) -> Table:
         table.add_row(
             "-" if point.capacity_factor is None else f"{point.capacity_factor:g}",
             "-" if point.num_selected_experts is None else str(point.num_selected_experts),
-            _percent(point.accuracy),
+            percent(point.accuracy),
             f"{point.answers:,}",
-            _percent(point.share),
+            percent(point.share),
         )
     return table
 
 
-def _percent(ratio: float | None) -> str:
+def percent(ratio: float | None) -> str:
+    """Two digits behind the point; a dash for what is unknown, as in the next."""
     return "-" if ratio is None else f"{100 * ratio:.2f}"
 
 
-def _ms(seconds: float | None) -> str:
+def milliseconds(seconds: float | None) -> str:
+    """One digit behind the point."""
     return "-" if seconds is None else f"{1000 * seconds:.1f}"

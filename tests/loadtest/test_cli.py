@@ -53,6 +53,23 @@ def test_simulate_when_run_on_the_shipped_bundle_then_the_report_is_printed_and_
     assert report["setup"]["kind"] == "simulated"
 
 
+def test_html_when_given_reports_then_the_page_shows_them_as_html_of_simulate_does(trace: Path, tmp_path: Path) -> None:
+    reports = []
+    for policy in ("foresight", "fixed"):
+        report, own = tmp_path / f"{policy}.json", tmp_path / f"{policy}.html"
+        arguments = ("--trace", trace, "--policy", policy, "--json", report, "--html", own)
+        assert invoke("simulate", "--bundle", SHIPPED, *arguments).exit_code == 0
+        assert f"<h1>Load test: {policy}</h1>" in own.read_text()
+        reports.append(report)
+    page = tmp_path / "page.html"
+    result = invoke("html", *reports, "--out", page)
+    assert result.exit_code == 0, result.output
+    assert "<h1>Load test: foresight | fixed</h1>" in page.read_text()
+    result = invoke("html", trace, "--out", page)
+    assert result.exit_code == 1
+    assert f"cannot read the report {trace}" in result.output
+
+
 def test_simulate_when_repeated_with_the_same_seed_then_only_the_decision_time_differs(
     trace: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +119,7 @@ def test_simulate_when_the_bundle_has_no_profile_then_the_error_says_how_to_get_
         (("--max-batch-size", "64"), "max_batch_size must be from 1 to 32"),
         (("--slowdown", "0"), "slowdown above 0"),
         (("--json", "/nowhere/report.json"), "cannot write /nowhere/report.json"),
+        (("--html", "/nowhere/page.html"), "cannot write /nowhere/page.html"),
     ],
 )
 def test_simulate_when_asked_for_the_impossible_then_one_line_says_what_would_be_right(

@@ -44,6 +44,7 @@ def outcomes() -> Outcomes:
     ceiling, load = SERVE_REASONS.index("ceiling"), SERVE_REASONS.index("load")
     return Outcomes(
         outcome=np.array([Outcome.met, Outcome.met, Outcome.late, Outcome.expired, SHED], np.uint8),
+        deadline_s=np.array([0.1, 0.05, 0.1, 0.2, 0.05]),
         rung=np.array([1, 0, 1, -1, -1], np.int16),
         reason=np.array([ceiling, load, ceiling, 0, 0], np.uint8),
         queue_s=np.array([0.0, 0.01, 0.05, 0.2, nan]),
@@ -89,6 +90,8 @@ def test_report_when_there_are_budgets_then_their_figures_add_up_to_the_whole(se
     assert (auto.offered, low.offered) == (2, 3)
     assert (auto.answered, low.answered) == (2, 1)
     assert auto.slo_attainment == 1 / 2
+    # Of budget low there are 0.05, 0.2 and 0.05.
+    assert (low.deadline_s.min, low.deadline_s.p50, low.deadline_s.max) == (0.05, 0.05, 0.2)
     assert low.effective_accuracy == pytest.approx(0.8 / 3)
     assert (low.shed_ratio, low.missed_ratio) == (1 / 3, 1 / 3)
 
