@@ -20,6 +20,7 @@ from vmoe.operating_point import OperatingPoint, parse_point
 from vmoe.terminal import choose_device, clear_errors, console, count_progress
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train, evaluate and transfer V-MoE models.")
+app.add_typer(analysis)
 app.command("train")(train_cli.train)
 app.command("finetune")(train_cli.finetune)
 app.command("fewshot")(fewshot_cli.fewshot)
