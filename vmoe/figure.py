@@ -4,6 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """An empty figure of so many inches (width, height).
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # the class, not pyplot: no global state, no display
+    except ImportError as error:
+        raise ValueError(
+            "a plot needs matplotlib, which is part of the extra 'export': pip install 'vmoe-serving[export]'"
+        ) from error
+    return Figure(figsize=size, layout="constrained")
 
 
 def save_error_bars(
@@ -24,11 +43,7 @@ def save_error_bars(
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # the class, not pyplot: no global state, no display
-    except ImportError as error:
-        raise ValueError("a plot needs matplotlib: pip install matplotlib, or leave --plot out") from error
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure((6, 4))
     axes = figure.subplots()
     for name, points in series.items():
         x, y, bar = zip(*points, strict=True)

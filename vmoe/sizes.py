@@ -28,6 +28,7 @@ BACKBONES = {
     "H/14": "h14",
 }
 LARGEST = "15B"
+ALL_NAMES = (*BACKBONES, LARGEST)
 FULL, CHEAP = OperatingPoint(1.05, 2), OperatingPoint(0.25, 1)  # the ends of what serving uses
 # Millions of parameters by name and placement, for 32 experts.
 REPORTED_MILLIONS = {
@@ -70,21 +71,26 @@ class Size:
     reported_millions: float | None
 
 
-def named_sizes(
-    last: Sequence[int] = (2, 5), every: Sequence[int] = (2,), num_experts: int = REPORTED_EXPERTS
-) -> list[Size]:
-    """Every backbone dense and with each placement that it has blocks for, then the 15B model."""
+def named_sizes(names: Sequence[str], last: Sequence[int], every: Sequence[int], num_experts: int) -> list[Size]:
+    """Each backbone dense and with every placement that it has blocks for; the 15B model as it is.
+
+    Raises:
+        ValueError: an unknown name, or a placement that no model can have.
+    """
+    if unknown := [name for name in names if name not in ALL_NAMES]:
+        raise ValueError(f"unknown model {unknown[0]!r}; known are {', '.join(ALL_NAMES)}")
     sizes = []
-    for name, key in BACKBONES.items():
-        dense = with_jft_head(VARIANTS[key])
+    for name in names:
+        if name == LARGEST:
+            largest = replace(VARIANTS["vmoe_15b"], num_classes=LARGEST_CLASSES)
+            sizes.append(_size(name, "every 2", largest, REPORTED_EXPERTS))
+            continue
+        dense = with_jft_head(VARIANTS[BACKBONES[name]])
         sizes.append(_size(name, "dense", dense, num_experts))
         placements = [(f"last {n}", last_layers(dense.num_layers, n)) for n in last if n <= dense.num_layers // 2]
         placements += [(f"every {n}", every_layers(dense.num_layers, n)) for n in every]
         for placement, layers in placements:
             sizes.append(_size(name, placement, replace(dense, moe=MoeConfig(num_experts, layers)), num_experts))
-    sizes.append(
-        _size(LARGEST, "every 2", replace(VARIANTS["vmoe_15b"], num_classes=LARGEST_CLASSES), REPORTED_EXPERTS)
-    )
     return sizes
 
 

@@ -47,13 +47,14 @@ def test_parameters_with_the_head_of_pre_training_are_the_reported_ones(name: st
 
 def test_sizes_command_writes_every_placement_that_a_model_has_blocks_for(tmp_path: Path) -> None:
     report = tmp_path / "sizes.json"
-    arguments = ["sizes", "--last", "3", "--every", "4", "--num-experts", "2", "--json", str(report)]
+    arguments = ["sizes", "--last", "5", "--every", "4", "--num-experts", "2", "--json", str(report)]
+    arguments += ["--model", "S/16", "--model", "B/32"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     found = {(row["name"], row["placement"]): row for row in json.loads(report.read_text())}
-    assert len(found) == 7 * 3 + 1
+    assert len(found) == 2 + 3  # S/16 has 4 odd blocks, too few for 'last 5'
     assert found["S/16", "every 4"]["moe_layers"] == 2
-    assert found["H/14", "last 3"]["moe_layers"] == 3
+    assert found["B/32", "last 5"]["moe_layers"] == 5
     assert all(row["flops_full"] >= row["flops_cheap"] > 0 for row in found.values())
     assert found["B/32", "dense"]["reported_millions"] == 102.1
     assert found["B/32", "every 4"]["reported_millions"] is None
@@ -63,6 +64,12 @@ def test_sizes_of_an_impossible_placement_are_refused() -> None:
     result = CliRunner().invoke(app, ["sizes", "--every", "99"])
     assert result.exit_code == 1
     assert "'every 99' of 8 blocks: the stride must be between 1 and 8" in result.stderr
+
+
+def test_sizes_of_an_unknown_model_are_refused() -> None:
+    result = CliRunner().invoke(app, ["sizes", "--model", "X/99"])
+    assert result.exit_code == 1
+    assert "unknown model 'X/99'; known are S/32, S/16, B/32, B/16, L/32, L/16, H/14, 15B" in result.stderr
 
 
 def test_markdown_of_a_row_rounds_to_one_decimal() -> None:
