@@ -8,6 +8,7 @@ Axes: B images over all requests of a call.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 from pathlib import Path
@@ -19,6 +20,11 @@ import triton_python_backend_utils as pb_utils
 
 # File of the model's version directory by the parameter of config.pbtxt that has its SHA-256.
 FILES = {"model_sha256": "model.onnx", "weights_sha256": "model.onnx.data"}
+
+# What DLPack calls a capsule whose tensor has been taken over. A constant: Python keeps the pointer, not the text.
+_USED = ctypes.c_char_p(b"used_dltensor")
+_set_capsule_name = ctypes.pythonapi.PyCapsule_SetName
+_set_capsule_name.argtypes, _set_capsule_name.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_int
 
 
 class TritonPythonModel:
@@ -70,10 +76,20 @@ class TritonPythonModel:
         responses, start = [], 0
         for size, some in zip(sizes, wanted, strict=True):
             rows = slice(start, start + size)
-            tensors = [pb_utils.Tensor.from_dlpack(name, results[name][rows]) for name in names if name in some]
+            tensors = [_output(name, results[name][rows]) for name in names if name in some]
             responses.append(pb_utils.InferenceResponse(output_tensors=tensors))
             start += size
         return responses
+
+
+def _output(name: str, array: np.ndarray) -> Any:
+    """Hands an array over. Triton 2.51 gives the capsule a name of its own, at which numpy, when it frees the capsule,
+    prints a traceback for every tensor; the name of the standard tells it that the tensor is not its to free.
+    """
+    capsule = array.__dlpack__()
+    tensor = pb_utils.Tensor.from_dlpack(name, capsule)
+    _set_capsule_name(capsule, _USED)
+    return tensor
 
 
 def _check_digest(path: Path, expected: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 from collections.abc import Collection, Iterator
@@ -17,12 +16,12 @@ from rich.progress import Progress
 from loadtest.errors import LoadtestError, TraceError
 from loadtest.html import write_page
 from loadtest.oracle import oracle
-from loadtest.progress import LiveProgress
 from loadtest.public_traces import load_trace
 from loadtest.report import PolicyUsed, Report, Setup, oracle_report, summarise
 from loadtest.rescale import Rescaling
 from loadtest.runs import Run, read_runs
 from loadtest.schedule import Kind, Mix, draw
+from loadtest.search import Objective
 from loadtest.simulator import Machine, simulate
 from loadtest.subject import Subject
 from loadtest.tables import print_report
@@ -146,6 +145,16 @@ def run(
     percentile: Annotated[
         float, typer.Option(min=50, max=99.99, help="Of latency: the run must have requests enough for it.")
     ] = 99.0,
+    closed: Annotated[
+        int | None, typer.Option(min=1, help="Users who wait for each answer, instead of --arrivals; hides overload.")
+    ] = None,
+    find: Annotated[
+        bool, typer.Option("--find-max", help="Search from --rate on the highest rate at which the objectives hold.")
+    ] = False,
+    p99_ms: Annotated[float | None, typer.Option(help="--find-max: p99 of latency, at most.")] = None,
+    max_shed: Annotated[
+        float, typer.Option(min=0, max=1, help="--find-max: share of requests without an answer, at most.")
+    ] = 0.001,
     json: Json = None,
     html: Html = None,
 ) -> None:
@@ -155,37 +164,44 @@ def run(
     """
     with _clear_errors():
         try:
-            from loadtest.generator import Plan, measure  # needs aiohttp, which simulating does not
-            from loadtest.images import SAMPLE, load_images
             from loadtest.live_results import Terms
+            from loadtest.live_session import Session  # needs aiohttp, which simulating does not
         except ModuleNotFoundError as error:
             raise LoadtestError(f"live runs need {error.name}: pip install 'vmoe-serving[loadtest]'") from error
-        if not (math.isfinite(timeout_s) and timeout_s > 0):
-            raise LoadtestError(f"--timeout must be finite and above 0, got {timeout_s}")
-        if (trace is None) == (arrivals is None):
-            raise LoadtestError("give either --trace FILE or --arrivals KIND with --rate and --duration")
+        _positive("--timeout", timeout_s)
+        if (trace is not None) + (arrivals is not None) + (closed is not None) != 1:
+            raise LoadtestError(
+                "give one of --arrivals KIND with --rate and --duration, --trace FILE, and --closed USERS"
+            )
+        if find and (arrivals is None or p99_ms is None):
+            raise LoadtestError("--find-max needs --arrivals and --p99-ms")
         mix = Mix.parse(budget or (), deadline_ms or ())
+        terms = Terms(warmup_s, timeout_s, grace_ms / 1000, percentile)
+        session = Session(url, images, terms, seed, Console(stderr=True))
+
+        def drawn(rate_hz: float, total_s: float, seed: int) -> tuple[str, Trace]:
+            assert arrivals is not None
+            trace = draw(arrivals, rate_hz, total_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
+            return f"{arrivals}, {rate_hz:g}/s, {total_s - warmup_s:g} s, seed {seed}", trace
+
         if trace is not None:
             name, schedule = _replayed(trace, Rescaling.parse(window, time_scale, rate_scale), mix, seed)
-        elif arrivals is not None:
-            if rate_hz is None or duration_s is None:
-                raise LoadtestError("--arrivals needs --rate and --duration")
-            name = f"{arrivals}, {rate_hz:g}/s, {duration_s:g} s, seed {seed}"
-            total_s = warmup_s + duration_s
-            schedule = draw(arrivals, rate_hz, total_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
-        plan = Plan(schedule, name, Terms(warmup_s, timeout_s, grace_ms / 1000, percentile), seed)
-        with LiveProgress(len(schedule), Console(stderr=True)) as progress:
-            report = asyncio.run(
-                measure(
-                    url,
-                    plan,
-                    lambda labels: load_images(images or SAMPLE, labels),
-                    lambda recorder: progress.update(recorder.take_tally()),
-                )
-            )
+            report = session.run(schedule, name)
+        elif duration_s is None or (rate_hz is None and closed is None):
+            raise LoadtestError("--closed needs --duration" if closed else "--arrivals needs --rate and --duration")
+        elif closed is not None:
+            report = session.run_closed(closed, _positive("--duration", duration_s), mix)
+        elif find and p99_ms is not None and rate_hz is not None:
+            objective = Objective(_positive("--p99-ms", p99_ms) / 1000, max_shed)
+            report = session.find_max(rate_hz, _positive("--duration", duration_s), objective, drawn)
+        else:
+            assert rate_hz is not None
+            name, schedule = drawn(rate_hz, warmup_s + _positive("--duration", duration_s), seed)
+            report = session.run(schedule, name)
         print_report(report, Console())
         _write(report, json, html)
-    if report.live is not None and not report.live.valid:
+    assert report.live is not None
+    if not report.live.valid or (report.search is not None and report.search.rate_hz is None):
         raise typer.Exit(INVALID)
 
 
@@ -245,6 +261,12 @@ def _replayed(
     if not len(trace):
         raise TraceError(f"{path}{rescaling} holds no requests")
     return f"{path}{rescaling}", trace
+
+
+def _positive(option: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise LoadtestError(f"{option} must be finite and above 0, got {value}")
+    return value
 
 
 def _write_trace(out: Path, trace: Trace) -> None:

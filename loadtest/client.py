@@ -20,6 +20,7 @@ from yarl import URL
 
 from loadtest.errors import TargetError
 from loadtest.outcomes import SERVE_REASONS
+from loadtest.trace import Trace
 from server.scheduler import ServeReason, ShedReason
 from server.schemas import Models, PolicyBody
 
@@ -102,6 +103,14 @@ class Client:
         """Where a request with these wishes goes."""
         query = {"budget": budget, "top": "1"} | ({} if deadline_ms is None else {"deadline_ms": f"{deadline_ms:g}"})
         return (URL(self.target.url) / "classify").with_query(query)
+
+    def addresses(self, trace: Trace) -> list[URL]:
+        """Of every request; those with the same wishes share one."""
+        wishes = zip(trace.budget.tolist(), (1000 * trace.deadline_s).tolist(), strict=True)
+        # NaN differs from itself; as None it is one key of the table.
+        asked = [(code, None if deadline_ms != deadline_ms else deadline_ms) for code, deadline_ms in wishes]
+        table = {wish: self.address(trace.budgets[wish[0]], wish[1]) for wish in set(asked)}
+        return [table[wish] for wish in asked]
 
     async def classify(self, address: URL, body: bytes, headers: Mapping[str, str]) -> Reply:
         """Sends one image. Raises nothing but cancellation: whatever happens is an outcome."""

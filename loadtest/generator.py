@@ -99,11 +99,7 @@ class _Run:
     def __init__(self, client: Client, trace: Trace, images: Images, chosen: list[int], recorder: Recorder) -> None:
         self._client, self._images, self._chosen, self._recorder = client, images, chosen, recorder
         self._due_s: list[float] = trace.arrival_s.tolist()
-        wishes = list(zip(trace.budget.tolist(), (1000 * trace.deadline_s).tolist(), strict=True))
-        # NaN differs from itself; as None it is one key of the table.
-        asked = [(code, None if deadline_ms != deadline_ms else deadline_ms) for code, deadline_ms in wishes]
-        table = {wish: client.address(trace.budgets[wish[0]], wish[1]) for wish in set(asked)}
-        self._addresses = [table[wish] for wish in asked]
+        self._addresses = client.addresses(trace)
         self._headers = [{"Content-Type": media_type} for media_type in images.media_types]
         self._open: set[asyncio.Task[None]] = set()
         self.start_s = 0.0
@@ -113,14 +109,14 @@ class _Run:
         loop = asyncio.get_running_loop()
         self.start_s = loop.time() + _LEAD_S
         pacing = asyncio.create_task(self._pace())
-        reporting = asyncio.create_task(self._report(progress))
+        reporting = asyncio.create_task(report_progress(self._recorder, progress))
 
         def stop() -> None:
             for task in (pacing,) if not pacing.done() else tuple(self._open):
                 task.cancel()
 
         try:
-            with _on_interrupt(stop):
+            with on_interrupt(stop):
                 await asyncio.wait((pacing,))
                 while self._open:
                     await asyncio.wait(self._open)
@@ -154,14 +150,16 @@ class _Run:
             reply = Failed("given up")
         recorder.ended(index, reply, now() - self.start_s)
 
-    async def _report(self, progress: Callable[[Recorder], None]) -> None:
-        while True:
-            progress(self._recorder)
-            await asyncio.sleep(_TICK_S)
+
+async def report_progress(recorder: Recorder, progress: Callable[[Recorder], None]) -> None:
+    """Calls `progress` now and then, until it is cancelled."""
+    while True:
+        progress(recorder)
+        await asyncio.sleep(_TICK_S)
 
 
 @contextmanager
-def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
     """Ctrl-C calls `stop`, in the loop."""
     loop = asyncio.get_running_loop()
     try:

@@ -30,6 +30,7 @@ from loadtest import histogram
 from loadtest.environment import Environment
 from loadtest.errors import ReportError
 from loadtest.outcomes import SERVE_REASONS, SHED_REASONS, Outcome, Outcomes
+from loadtest.search import Search
 from loadtest.timeline import Timeline, timeline
 from loadtest.trace import Trace
 from server.ladder import Ladder
@@ -177,6 +178,7 @@ class Report(Figures):
     Attributes:
         latency_histogram: of the latencies behind `latency_s`; see `loadtest.histogram`.
         timeline: null in a report of the oracle.
+        search: of `--find-max`, whose last run this is.
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -192,6 +194,7 @@ class Report(Figures):
     mean_decision_s: float | None
     oracle: Oracle | None = None
     live: Live | None = None
+    search: Search | None = None
     unknown: dict[str, str]
     environment: Environment
 

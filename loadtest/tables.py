@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest.report import Figures, Live, Report
+from loadtest.search import Search
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -22,6 +23,8 @@ def print_report(report: Report, console: Console) -> None:
             console.print(f"{name} is unknown: {reason}")
     if report.live is not None:
         _print_live(report.live, console)
+    if report.search is not None:
+        _print_search(report.search, console)
     if report.mean_decision_s is not None and report.mean_batch_size is not None:
         console.print(
             f"{report.decisions:,} batches of {report.mean_batch_size:.1f} images, "
@@ -29,17 +32,37 @@ def print_report(report: Report, console: Console) -> None:
         )
 
 
+def _print_search(search: Search, console: Console) -> None:
+    table = Table("trial", "rate/s", "seed", "p99 ms", "unanswered %", "eff. acc. %", "held", box=SIMPLE)
+    for trial in search.trials:
+        cells = (milliseconds(trial.p99_s), percent(trial.unanswered), percent(trial.effective_accuracy))
+        held = "yes" if trial.held else "; ".join(trial.missed + trial.invalid)
+        table.add_row(trial.phase, f"{trial.rate_hz:,.1f}", str(trial.seed), *cells, held)
+    console.print(table)
+    objective = f"p99 at most {milliseconds(search.p99_s)} ms, unanswered at most {percent(search.max_shed)} %"
+    if search.rate_hz is None:
+        console.print(f"[bold]no rate was confirmed[/bold]: {objective}")
+    else:
+        console.print(f"highest rate that holds: {search.rate_hz:,.1f} requests/s ({objective})")
+
+
 def _print_live(live: Live, console: Console) -> None:
     lag, from_send = live.send_lag_s, live.latency_from_send_s
+    if live.closed_users is not None:
+        console.print(
+            f"CLOSED LOOP of {live.closed_users} users, who wait for their answers: when the gateway is slow they send "
+            "less, so these latencies hide overload. Measure without --closed to see it."
+        )
     if live.percentile_bound_s is not None:
         console.print(
             f"p{live.percentile:g} is at most {milliseconds(live.percentile_bound_s)} ms, with 99 % confidence"
         )
-    console.print(
-        f"latency counts from the schedule; from send p50 {milliseconds(from_send.p50)}, "
-        f"p99 {milliseconds(from_send.p99)} ms; "
-        f"sent late by p50 {milliseconds(lag.p50)}, p99 {milliseconds(lag.p99)} ms"
-    )
+    if live.closed_users is None:
+        console.print(
+            f"latency counts from the schedule; from send p50 {milliseconds(from_send.p50)}, "
+            f"p99 {milliseconds(from_send.p99)} ms; "
+            f"sent late by p50 {milliseconds(lag.p50)}, p99 {milliseconds(lag.p99)} ms"
+        )
     console.print(
         f"by the gateway's own clock {percent(live.gateway_slo_attainment)} % in time; "
         f"grace {1000 * live.grace_s:g} ms; {1e6 * live.client_cpu_s:.0f} us of processor per request here"

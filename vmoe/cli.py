@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from vmoe import fewshot_cli, train_cli, upcycle_cli
+from vmoe import compare_dense_cli, fewshot_cli, train_cli, upcycle_cli
 from vmoe.analysis_cli import app as analysis
 from vmoe.checkpoint import load_checkpoint
 from vmoe.class_subset import match_classes
@@ -25,6 +25,7 @@ app.command("train")(train_cli.train)
 app.command("finetune")(train_cli.finetune)
 app.command("fewshot")(fewshot_cli.fewshot)
 app.command("upcycle")(upcycle_cli.upcycle)
+app.command("compare-dense")(compare_dense_cli.compare_dense)
 
 # The ladder that evaluation prints when none is given: from the cheapest useful point to beyond full capacity.
 EVALUATION_POINTS = tuple(

@@ -17,7 +17,7 @@ from vmoe.checkpoint import load_checkpoint, save_checkpoint
 from vmoe.class_subset import ClassSubset, choose_classes
 from vmoe.data import FASHION_MNIST_DIRECTORY, DataError, LabelledImages, load_images
 from vmoe.fewshot import FewShotResult, calibrated, few_shot, with_head
-from vmoe.figure import save_error_bars
+from vmoe.figure import Panel, save_panels
 from vmoe.operating_point import parse_point
 from vmoe.terminal import choose_device, clear_errors, console, count_progress
 
@@ -79,15 +79,11 @@ def fewshot(
             }  # fmt: skip
             json_path.write_text(json.dumps(report, indent=2))
         if plot is not None:
-            save_error_bars(
-                plot,
-                {
-                    path: [(result.shots, 100 * result.mean, 100 * (result.deviation or 0)) for result in results]
-                    for path, results in runs.items()
-                },
-                x_label="images per class",
-                y_label="accuracy, %",
-            )
+            series = {
+                path: [(result.shots, 100 * result.mean, 100 * (result.deviation or 0)) for result in results]
+                for path, results in runs.items()
+            }
+            save_panels(plot, [Panel("images per class", series, logarithmic=True)], y_label="accuracy, %")
 
 
 def _choose(images: LabelledImages, classes: str | None, known: set[str]) -> LabelledImages:

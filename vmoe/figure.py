@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,33 +26,42 @@ def new_figure(size: tuple[float, float]) -> Figure:
     return Figure(figsize=size, layout="constrained")
 
 
-def save_error_bars(
-    path: Path,
-    series: Mapping[str, Sequence[tuple[float, float, float]]],
-    *,
-    x_label: str,
-    y_label: str,
-    logarithmic: bool = True,
-) -> None:
-    """Draws lines with error bars.
+Point = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes.
+
+    Attributes:
+        series: by name (x, y, half the length of the error bar).
+        logarithmic: of the x axis.
+    """
+
+    x_label: str
+    series: Mapping[str, Sequence[Point]]
+    logarithmic: bool = False
+
+
+def save_panels(path: Path, panels: Sequence[Panel], *, y_label: str) -> None:
+    """Draws lines with error bars, side by side with one y axis.
 
     Arguments:
         path: its suffix fixes the format.
-        series: by name (x, y, half the length of the bar).
-        logarithmic: of the x axis.
 
     Raises:
         ValueError: matplotlib is not installed.
     """
-    figure = new_figure((6, 4))
-    axes = figure.subplots()
-    for name, points in series.items():
-        x, y, bar = zip(*points, strict=True)
-        axes.errorbar(x, y, yerr=bar, marker="o", markersize=4, capsize=3, label=name)
-    if logarithmic:
-        axes.set_xscale("log")
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure = new_figure((1 + 5 * len(panels), 4))
+    every_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(every_axes, panels, strict=True):
+        for name, points in panel.series.items():
+            x, y, bar = zip(*sorted(points), strict=True)
+            axes.errorbar(x, y, yerr=bar, marker="o", markersize=4, capsize=3, label=name)
+        if panel.logarithmic:
+            axes.set_xscale("log")
+        axes.set_xlabel(panel.x_label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    every_axes[0].set_ylabel(y_label)
     figure.savefig(path, dpi=110)

@@ -92,13 +92,18 @@ class Experts(nn.Module):
 
 
 class MoeMlp(nn.Module):
-    """Replaces the MLP of a block. What does not fit into the buffers is skipped: the residual alone goes on."""
+    """Replaces the MLP of a block. What does not fit into the buffers is skipped: the residual alone goes on.
+
+    Attributes:
+        rows_multiple: to which the rows of an expert are padded; changes no result.
+    """
 
     def __init__(
         self, config: MoeConfig, hidden_size: int, mlp_dim: int, gelu_approximation: GeluApproximation = "tanh"
     ) -> None:
         super().__init__()
         self.config = config
+        self.rows_multiple = ROWS_MULTIPLE
         self.router = Router(hidden_size, config.num_experts)
         self.experts = Experts(config.num_experts, hidden_size, mlp_dim, gelu_approximation)
 
@@ -159,7 +164,7 @@ class MoeMlp(nn.Module):
         by_expert = expert.argsort(stable=True)
         pair, expert = pair[by_expert], expert[by_expert]
         sizes = torch.bincount(expert, minlength=self.config.num_experts)
-        padded = (sizes + ROWS_MULTIPLE - 1) // ROWS_MULTIPLE * ROWS_MULTIPLE
+        padded = (sizes + self.rows_multiple - 1) // self.rows_multiple * self.rows_multiple
         # Row of each pair among the padded rows: its place in the sorted list plus the padding of the experts before.
         row = (
             torch.arange(len(pair), device=pair.device) + (padded.cumsum(0) - padded - sizes.cumsum(0) + sizes)[expert]

@@ -100,7 +100,7 @@ def train(
             model_config = replace(model_config, num_classes=len(images.labels))
         trainer = Trainer(model_config, settings, images, preprocessing, torch.device(choose_device(device)))
         start = None if start_from is None else load_checkpoint(start_from)
-        _run(trainer, output, held_out, start=start, resume=resume, save_every_s=save_every)
+        run_with_progress(trainer, output, held_out, start=start, resume=resume, save_every_s=save_every)
 
 
 def finetune(
@@ -163,7 +163,7 @@ def finetune(
         start = for_task(source, images.labels)
         target = torch.device(choose_device(device))
         trainer = Trainer(start.config, settings, images, start.preprocessing, target)
-        _run(trainer, output, held_out, start=start, resume=resume, save_every_s=save_every)
+        run_with_progress(trainer, output, held_out, start=start, resume=resume, save_every_s=save_every)
 
 
 def default_preprocessing(config: ModelConfig) -> Preprocessing:
@@ -190,14 +190,14 @@ def _with_routing(config: ModelConfig, routing: str) -> ModelConfig:
     return replace(config, moe=replace(config.moe, routing=order))
 
 
-def _run(
+def run_with_progress(
     trainer: Trainer,
     output: Path,
     held_out: LabelledImages,
     *,
     start: Checkpoint | None,
     resume: bool,
-    save_every_s: float,
+    save_every_s: float = SAVE_EVERY_S,
 ) -> None:
     """Trains to the end with a progress bar.
 

@@ -27,3 +27,13 @@ def triton_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def triton(triton_repository: Path) -> Iterator[TritonServer]:
     with TritonServer(triton_repository) as server:
         yield server
+    assert "Traceback" not in server.log  # of all requests of all tests: one of them per tensor would be much
+
+
+@pytest.fixture(scope="module")
+def victim(triton_repository: Path) -> Iterator[TritonServer]:
+    """A server to be harmed; tests leave it running."""
+    with TritonServer(triton_repository) as server:
+        yield server
+        assert server.running
+    assert "Traceback" not in server.log

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import random
 from collections.abc import Awaitable, Callable
 
 import numpy as np
@@ -114,3 +116,44 @@ def test_calls_when_cancelled_while_they_wait_in_the_server_then_grpc_spares_the
         assert client.cancellable == (executions() - before <= 10)
 
     using(url_of(triton, protocol), scenario)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_calls_when_cancelled_at_any_time_and_the_server_is_killed_among_them_then_nothing_is_printed(
+    victim: TritonServer, protocol: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    complaints: list[dict[str, object]] = []  # such as exceptions of tasks that nobody retrieved
+    outcomes: list[str] = []
+    chance = random.Random(0)
+
+    async def scenario(client: Client) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+
+        async def call(cancel_after_s: float) -> None:
+            try:
+                async with asyncio.timeout(cancel_after_s):
+                    await client.infer(batch(8), 30.0, 30.0)
+            except TimeoutError:
+                outcomes.append("cancelled")
+            except CallFailed as error:
+                outcomes.append(error.failure.reason)
+            else:
+                outcomes.append("answered")
+
+        # One instance needs 20 ms for one of them: most wait in the server when their time is over.
+        await asyncio.gather(*(call(chance.uniform(0.0, 0.5)) for _ in range(60)))
+        caught = [asyncio.create_task(call(30.0)) for _ in range(40)]
+        await asyncio.wait(caught, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.to_thread(victim.kill)
+        await asyncio.gather(*caught)
+
+    using(url_of(victim, protocol), scenario)
+    gc.collect()  # unretrieved exceptions are reported when their task is freed
+    victim.start()
+    victim.wait_ready()
+    assert (
+        {"answered", "cancelled", "connection"} <= set(outcomes) <= {"answered", "cancelled", "connection", "refused"}
+    )
+    assert complaints == []
+    assert [record.getMessage() for record in caplog.records if record.levelname != "DEBUG"] == []
+    assert capfd.readouterr().err == ""

@@ -67,14 +67,6 @@ def gateway(
         yield client
 
 
-@pytest.fixture(scope="module")
-def victim(triton_repository: Path) -> Iterator[TritonServer]:
-    """A server to be harmed; tests leave it running."""
-    with TritonServer(triton_repository) as server:
-        yield server
-        assert server.running
-
-
 @dataclass
 class Load:
     """Clients that send one image after the other until they are told to stop.
