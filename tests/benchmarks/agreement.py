@@ -190,9 +190,9 @@ def main(
     text = (
         "# Simulated and live runs of the same traces\n\n"
         + conditions.markdown()
-        + f"{duration_s:g} s per run after {WARMUP_S:g} s of warm-up, seeds per load and policy: {seeds}; loads are multiples of the "
-        "capacity. All arrivals and policies are the same live and simulated, and nothing was fitted to these runs.\n\n"
-        + markdown(runs)
+        + f"{duration_s:g} s per run after {WARMUP_S:g} s of warm-up, seeds per load and policy: {seeds}; loads "
+        "are multiples of the capacity. All arrivals and policies are the same live and simulated, and nothing was "
+        "fitted to these runs.\n\n" + markdown(runs)
     )
     out.mkdir(parents=True, exist_ok=True)
     document: dict[str, Any] = conditions.document() | {"runs": [asdict(run) for run in runs]}
