@@ -1,4 +1,4 @@
-"""`python -m loadtest`: load a gateway, simulate a policy on a trace, tune it, generate a trace, show reports."""
+"""`python -m loadtest`: load a gateway, simulate or tune a policy, generate a trace, show and compare reports."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from loadtest.compare import compare
 from loadtest.errors import LoadtestError, TraceError
 from loadtest.html import write_page
 from loadtest.oracle import oracle
@@ -24,7 +25,7 @@ from loadtest.schedule import Kind, Mix, draw
 from loadtest.search import Objective
 from loadtest.simulator import Machine, simulate
 from loadtest.subject import Subject
-from loadtest.tables import print_report
+from loadtest.tables import print_comparison, print_report
 from loadtest.trace import Trace, write_trace
 from loadtest.tuner import objective as tuning
 
@@ -239,6 +240,24 @@ def html_command(
     """Shows reports as one page that needs no network: plots over time, tables, machine and versions."""
     with _clear_errors():
         write_page(out, read_runs(reports))
+
+
+@app.command("compare")
+def compare_command(
+    reports: Annotated[list[Path], typer.Argument(help="Two or more; the first is what the others are held against.")],
+    html: Annotated[Path | None, typer.Option(help="Write a page with all of them here.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resampling behind the intervals.")] = 0,
+) -> None:
+    """Tells what differs between runs, with a confidence interval on every difference."""
+    with _clear_errors():
+        if len(reports) < 2:
+            raise LoadtestError(f"comparing needs two reports or more, got {len(reports)}; `html` shows one")
+        runs = read_runs(reports)
+        comparisons = [compare(runs[0], other, seed=seed) for other in runs[1:]]
+        for comparison in comparisons:
+            print_comparison(comparison, Console())
+        if html is not None:
+            write_page(html, runs, comparisons)
 
 
 @app.command()
