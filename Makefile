@@ -9,7 +9,7 @@ PROMETHEUS := $(or $(shell command -v prometheus),/usr/bin/prometheus)
 CHROMEDRIVER := $(or $(shell command -v chromedriver),/usr/bin/chromedriver)
 MODEL ?= vmoe-fashion-mnist
 
-.PHONY: serve serve-triton test lint train export bench-policy bench-fleet bench-model clean
+.PHONY: serve serve-triton test lint train export loadtest-demo loadtest-picture bench-policy bench-fleet bench-model clean
 
 serve: $(VENV)/.light
 	$(BIN)/python -m server --model-repository model_repository --model $(MODEL)
@@ -37,6 +37,14 @@ train: $(VENV)/.full $(FASHION_MNIST)
 export: $(VENV)/.full $(FASHION_MNIST)
 	$(BIN)/python -m exporter runs/vmoe-fashion-mnist/checkpoint --name vmoe-fashion-mnist --out model_repository \
 		--images $(FASHION_MNIST)
+
+# The same bursts against the default policy and two fixed ones; leaves runs/loadtest-demo/index.html. Two minutes.
+loadtest-demo: $(VENV)/.full $(FASHION_MNIST)
+	$(BIN)/python -m loadtest.demo --images $(FASHION_MNIST)
+
+# What the README shows of it.
+loadtest-picture: $(VENV)/.full $(CHROMEDRIVER)
+	$(BIN)/python -m tests.loadtest.browser runs/loadtest-demo/index.html docs/loadtest-demo.png
 
 # Every policy on every trace, simulated; writes table and plot into docs/bench.
 bench-policy: $(VENV)/.full

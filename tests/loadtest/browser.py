@@ -69,7 +69,7 @@ def picture(
         max(each["x"] + each["width"] for each in boxes) + margin,
         max(each["y"] + each["height"] for each in boxes) + margin,
     )
-    shot.crop(tuple(round(side) for side in box)).quantize(64).save(out, optimize=True)
+    shot.crop(tuple(round(side) for side in box)).quantize(128).save(out, optimize=True)
     typer.echo(f"{out}: {out.stat().st_size:,} bytes")
 
 
