@@ -1,4 +1,4 @@
-"""`python -m loadtest`: load a gateway, simulate a policy on a trace, generate a trace, show reports."""
+"""`python -m loadtest`: load a gateway, simulate or tune a policy, generate a trace, show and compare reports."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from loadtest.compare import compare
 from loadtest.errors import LoadtestError, TraceError
 from loadtest.html import write_page
 from loadtest.oracle import oracle
@@ -24,8 +25,9 @@ from loadtest.schedule import Kind, Mix, draw
 from loadtest.search import Objective
 from loadtest.simulator import Machine, simulate
 from loadtest.subject import Subject
-from loadtest.tables import print_report
+from loadtest.tables import print_comparison, print_report
 from loadtest.trace import Trace, write_trace
+from loadtest.tuner import objective as tuning
 
 ORACLE = "oracle"
 INVALID = 3  # exit code
@@ -148,6 +150,9 @@ def run(
     closed: Annotated[
         int | None, typer.Option(min=1, help="Users who wait for each answer, instead of --arrivals; hides overload.")
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="That share the schedule, where one core cannot send it; not with --closed.")
+    ] = 1,
     find: Annotated[
         bool, typer.Option("--find-max", help="Search from --rate on the highest rate at which the objectives hold.")
     ] = False,
@@ -175,9 +180,11 @@ def run(
             )
         if find and (arrivals is None or p99_ms is None):
             raise LoadtestError("--find-max needs --arrivals and --p99-ms")
+        if closed is not None and processes > 1:
+            raise LoadtestError(f"--closed runs in one process, got --processes {processes}")
         mix = Mix.parse(budget or (), deadline_ms or ())
         terms = Terms(warmup_s, timeout_s, grace_ms / 1000, percentile)
-        session = Session(url, images, terms, seed, Console(stderr=True))
+        session = Session(url, images, terms, seed, Console(stderr=True), processes)
 
         def drawn(rate_hz: float, total_s: float, seed: int) -> tuple[str, Trace]:
             assert arrivals is not None
@@ -235,6 +242,24 @@ def html_command(
         write_page(out, read_runs(reports))
 
 
+@app.command("compare")
+def compare_command(
+    reports: Annotated[list[Path], typer.Argument(help="Two or more; the first is what the others are held against.")],
+    html: Annotated[Path | None, typer.Option(help="Write a page with all of them here.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resampling behind the intervals.")] = 0,
+) -> None:
+    """Tells what differs between runs, with a confidence interval on every difference."""
+    with _clear_errors():
+        if len(reports) < 2:
+            raise LoadtestError(f"comparing needs two reports or more, got {len(reports)}; `html` shows one")
+        runs = read_runs(reports)
+        comparisons = [compare(runs[0], other, seed=seed) for other in runs[1:]]
+        for comparison in comparisons:
+            print_comparison(comparison, Console())
+        if html is not None:
+            write_page(html, runs, comparisons)
+
+
 @app.command()
 def convert(
     trace: Annotated[Path, typer.Argument(help="As for `simulate`.")],
@@ -250,6 +275,80 @@ def convert(
     with _clear_errors():
         rescaling = Rescaling.parse(window, time_scale, rate_scale)
         _write_trace(out, _replayed(trace, rescaling, Mix.parse(budget or (), deadline_ms or ()), seed)[1])
+
+
+@app.command("tune")
+def tune_command(
+    bundle: Annotated[Path, typer.Option(help="Directory of an exported model with a latency profile.")],
+    trace: Annotated[Path, typer.Option(help="As for `simulate`; a recording of your own traffic serves best.")],
+    out: Annotated[Path, typer.Option(help="policy.toml to write.")],
+    p99_ms: Annotated[float, typer.Option(help="Limit of the 99th percentile of latency.")] = 100.0,
+    max_shed: Annotated[float, typer.Option(help="Limit of the share that is refused.")] = 0.001,
+    maximise: Annotated[
+        tuning.Goal, typer.Option(help="docs/tuning.md says what each means.")
+    ] = tuning.Goal.effective_accuracy,
+    load: Annotated[str, typer.Option(help="Arrival rates over the trace's, separated by commas.")] = "1",
+    trials: Annotated[int, typer.Option(min=1, help="Policies to try.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="The same one gives the same file.")] = 0,
+    noise_seeds: Annotated[int, typer.Option(min=1, help="Runs of each trial at each load.")] = 2,
+    held_out: Annotated[float, typer.Option(help="Share of the trace that is not searched.")] = 0.3,
+    policy: Annotated[
+        str | None, typer.Option(help="policy.toml whose budgets are kept. Default: the bundle's, if it has one.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Batches that run at once.")] = 1,
+    max_batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the bundle's.")] = None,
+    url: Annotated[str | None, typer.Option(help="Gateway at which the best few are confirmed.")] = None,
+    admin_key: Annotated[str, typer.Option(envvar="VMOE_ADMIN_KEY", help="Of that gateway.")] = "",
+    grace_ms: Annotated[float, typer.Option(min=0, help="As for `run`, in the confirmation.")] = 0.0,
+    images: Annotated[Path | None, typer.Option(help="As for `run`, in the confirmation.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="HTML page of the Pareto front to write.")] = None,
+    best_effort: Annotated[
+        bool, typer.Option("--best-effort", help="Write the nearest where the objective is out of reach.")
+    ] = False,
+) -> None:
+    """Searches the policies and their parameters in the simulator, and writes the best one.
+
+    Ctrl-C ends the search early and goes on with the best so far; a second one ends everything and writes nothing.
+    """
+    with _clear_errors():
+        try:
+            from loadtest.tuner.command import Gateway, Options, tune  # needs optuna
+        except ModuleNotFoundError as error:
+            raise LoadtestError(f"tuning needs {error.name}: pip install 'vmoe-serving[loadtest]'") from error
+        try:
+            loads = tuple(float(each) for each in load.split(","))
+        except ValueError as error:
+            raise LoadtestError(f"--load must be numbers above 0, separated by commas, got {load!r}") from error
+        # What gives the same file again; neither a key nor where things were written.
+        asked = {
+            "bundle": bundle, "trace": trace, "p99-ms": f"{p99_ms:g}", "max-shed": f"{max_shed:g}",
+            "maximise": maximise, "load": load, "trials": trials, "seed": seed, "noise-seeds": noise_seeds,
+            "held-out": f"{held_out:g}", "policy": policy, "workers": workers, "max-batch-size": max_batch_size,
+            "url": url,
+        }  # fmt: skip
+        words = [word for name, value in asked.items() if value is not None for word in (f"--{name}", str(value))]
+        words += ["--best-effort"] if best_effort else []
+        tune(
+            Options(
+                bundle=bundle,
+                trace=trace,
+                objective=tuning.Objective(maximise, p99_ms, max_shed),
+                loads=loads,
+                trials=trials,
+                seed=seed,
+                noise_seeds=noise_seeds,
+                held_out=held_out,
+                workers=workers,
+                max_batch_size=max_batch_size,
+                policy=policy,
+                out=out,
+                plot=plot,
+                best_effort=best_effort,
+                gateway=None if url is None else Gateway(url, admin_key, grace_ms, images),
+                command=("python", "-m", "loadtest", "tune", *words),
+            ),
+            Console(),
+        )
 
 
 def _replayed(

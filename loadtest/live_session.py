@@ -13,6 +13,7 @@ from loadtest.closed_loop import ClosedPlan, measure_closed
 from loadtest.generator import Plan, measure
 from loadtest.images import SAMPLE, Images, load_images
 from loadtest.live_results import Terms
+from loadtest.processes import measure_in_processes
 from loadtest.progress import LiveProgress
 from loadtest.report import Report
 from loadtest.schedule import Mix
@@ -29,6 +30,7 @@ class Session:
         images: folder, data set or file; the sample of this repository where it is None.
         seed: of schedules, wishes and images.
         console: for the progress bar.
+        processes: that share a schedule.
     """
 
     url: str
@@ -36,12 +38,15 @@ class Session:
     terms: Terms
     seed: int
     console: Console
+    processes: int = 1
 
     def run(self, trace: Trace, name: str, seed: int | None = None) -> Report:
         """Offers a schedule, warm-up included."""
         plan = Plan(trace, name, self.terms, self.seed if seed is None else seed)
         with LiveProgress(len(trace), self.console) as progress:
             shown = progress.update
+            if self.processes > 1:
+                return measure_in_processes(self.url, plan, self._load, shown, self.processes)
             return asyncio.run(measure(self.url, plan, self._load, lambda recorder: shown(recorder.take_tally())))
 
     def run_closed(self, users: int, duration_s: float, mix: Mix) -> Report:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from loadtest.compare import Comparison, Difference
 from loadtest.report import Figures, Live, Report
 from loadtest.search import Search
 
@@ -30,6 +34,39 @@ def print_report(report: Report, console: Console) -> None:
             f"{report.decisions:,} batches of {report.mean_batch_size:.1f} images, "
             f"{1e6 * report.mean_decision_s:.0f} us per decision"
         )
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """One row per figure."""
+    table = Table(
+        "", escape(comparison.first), escape(comparison.second), "difference", "95 % interval", "", box=SIMPLE
+    )
+    for each in comparison.differences:
+        table.add_row(*comparison_row(each), "" if each.verdict == "open" else each.verdict)
+    console.print(table)
+    console.print(comparison.how, markup=False)
+
+
+def comparison_row(each: Difference) -> tuple[str, str, str, str, str]:
+    """Name, both figures, difference and interval, as text."""
+    show = milliseconds if each.unit == "ms" else percent
+    unit = "ms" if each.unit == "ms" else "%"
+    return (
+        f"{each.name} {unit}",
+        show(each.first),
+        show(each.second),
+        _signed(each.difference, show),
+        "-" if each.low is None or each.high is None else f"{_signed(each.low, show)} to {_signed(each.high, show)}",
+    )
+
+
+def _signed(value: float | None, show: Callable[[float | None], str]) -> str:
+    text = show(value)
+    if value is None:
+        return text
+    if float(text) == 0:
+        return text.removeprefix("-")
+    return f"+{text}" if value > 0 else text
 
 
 def _print_search(search: Search, console: Console) -> None:

@@ -122,6 +122,12 @@ class ActivePolicy:
         return policies[config.policy]()
 
 
+def parameters_of(name: PolicyName) -> type[BaseModel] | None:
+    """The model of a policy's parameters; None for a policy that has none."""
+    field = PolicyConfig.model_fields.get(name.replace("-", "_"))
+    return None if field is None else type(field.default)
+
+
 def load_policy(path: Path, manifest: Manifest, ladder: Ladder) -> ActivePolicy:
     """Reads a policy.toml for a bundle.
 

@@ -111,6 +111,7 @@ def test_generate_and_simulate_when_called_as_in_the_readme_then_a_report_is_pri
         (("--closed", "2"), "--closed needs --duration"),
         (("--closed", "2", "--trace", "trace.csv"), "give one of"),
         (("--closed", "2", "--duration", "nan"), "--duration must be finite and above 0, got nan"),
+        (("--closed", "2", "--processes", "2"), "--closed runs in one process, got --processes 2"),
         (("--closed", "2", "--duration", "1", "--find-max"), "--find-max needs --arrivals and --p99-ms"),
         (("--arrivals", "poisson"), "--arrivals needs --rate and --duration"),
         (("--arrivals", "poisson", "--rate", "10", "--duration", "1"), "does not answer as a gateway"),
