@@ -6,9 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 PROMETHEUS := $(or $(shell command -v prometheus),/usr/bin/prometheus)
+CHROMEDRIVER := $(or $(shell command -v chromedriver),/usr/bin/chromedriver)
 MODEL ?= vmoe-fashion-mnist
 
-.PHONY: serve serve-triton test lint train export bench-policy bench-fleet bench-model clean
+.PHONY: serve serve-triton test lint train export loadtest-demo loadtest-picture bench-policy bench-fleet bench-model clean
 
 serve: $(VENV)/.light
 	$(BIN)/python -m server --model-repository model_repository --model $(MODEL)
@@ -18,7 +19,7 @@ serve-triton: $(VENV)/.full
 	$(BIN)/python -m tests.triton_server model_repository/$(MODEL) \
 		$(BIN)/python -m server --model-repository model_repository --model $(MODEL) --backend triton --triton-urls GRPC_URL
 
-test: lint $(FASHION_MNIST) $(PROMETHEUS)
+test: lint $(FASHION_MNIST) $(PROMETHEUS) $(CHROMEDRIVER)
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.full
@@ -36,6 +37,14 @@ train: $(VENV)/.full $(FASHION_MNIST)
 export: $(VENV)/.full $(FASHION_MNIST)
 	$(BIN)/python -m exporter runs/vmoe-fashion-mnist/checkpoint --name vmoe-fashion-mnist --out model_repository \
 		--images $(FASHION_MNIST)
+
+# The same bursts against the default policy and two fixed ones; leaves runs/loadtest-demo/index.html. Two minutes.
+loadtest-demo: $(VENV)/.full $(FASHION_MNIST)
+	$(BIN)/python -m loadtest.demo --images $(FASHION_MNIST)
+
+# What the README shows of it.
+loadtest-picture: $(VENV)/.full $(CHROMEDRIVER)
+	$(BIN)/python -m tests.loadtest.browser runs/loadtest-demo/index.html docs/loadtest-demo.png
 
 # Every policy on every trace, simulated; writes table and plot into docs/bench.
 bench-policy: $(VENV)/.full
@@ -72,6 +81,12 @@ $(FASHION_MNIST):
 $(PROMETHEUS):
 	@{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && tests/deploy/install_prometheus.sh; } \
 		|| { echo "install Debian's package prometheus, or put prometheus and promtool on PATH"; exit 1; }
+
+# The browser in which pages of reports are opened.
+$(CHROMEDRIVER):
+	@{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; } \
+		|| { echo "install Debian's packages chromium and chromium-driver, or put both programs on PATH"; exit 1; }
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -144,6 +144,10 @@ def run(
     grace_ms: Annotated[
         float, typer.Option(min=0, help="Beyond the deadline, for the way there and back; still in time.")
     ] = 0.0,
+    predict: Annotated[
+        Path | None,
+        typer.Option(help="Bundle that the gateway serves: probe it first, simulate the same run, and compare."),
+    ] = None,
     percentile: Annotated[
         float, typer.Option(min=50, max=99.99, help="Of latency: the run must have requests enough for it.")
     ] = 99.0,
@@ -180,6 +184,8 @@ def run(
             )
         if find and (arrivals is None or p99_ms is None):
             raise LoadtestError("--find-max needs --arrivals and --p99-ms")
+        if predict is not None and (closed is not None or find):
+            raise LoadtestError("--predict compares runs of one schedule: give it with --arrivals or --trace alone")
         if closed is not None and processes > 1:
             raise LoadtestError(f"--closed runs in one process, got --processes {processes}")
         mix = Mix.parse(budget or (), deadline_ms or ())
@@ -193,7 +199,7 @@ def run(
 
         if trace is not None:
             name, schedule = _replayed(trace, Rescaling.parse(window, time_scale, rate_scale), mix, seed)
-            report = session.run(schedule, name)
+            report = session.run(schedule, name, predict=predict)
         elif duration_s is None or (rate_hz is None and closed is None):
             raise LoadtestError("--closed needs --duration" if closed else "--arrivals needs --rate and --duration")
         elif closed is not None:
@@ -204,7 +210,7 @@ def run(
         else:
             assert rate_hz is not None
             name, schedule = drawn(rate_hz, warmup_s + _positive("--duration", duration_s), seed)
-            report = session.run(schedule, name)
+            report = session.run(schedule, name, predict=predict)
         print_report(report, Console())
         _write(report, json, html)
     assert report.live is not None

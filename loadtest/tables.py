@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loadtest.compare import Comparison, Difference
-from loadtest.report import Figures, Live, Report
+from loadtest.report import Compared, Figures, Live, Prediction, Report
 from loadtest.search import Search
 
 
@@ -27,6 +27,8 @@ def print_report(report: Report, console: Console) -> None:
             console.print(f"{name} is unknown: {reason}")
     if report.live is not None:
         _print_live(report.live, console)
+    if report.prediction is not None:
+        console.print(_predicted(report.prediction))
     if report.search is not None:
         _print_search(report.search, console)
     if report.mean_decision_s is not None and report.mean_batch_size is not None:
@@ -168,6 +170,21 @@ def _points(report: Report) -> Table:
             f"{point.answers:,}",
             percent(point.share),
         )
+    return table
+
+
+def _predicted(prediction: Prediction) -> Table:
+    """One row per figure."""
+    table = Table("", "measured", "predicted", "difference", box=SIMPLE, title="how well the simulator predicted")
+    rows: tuple[tuple[str, Compared, Callable[[float | None], str]], ...] = (
+        ("in time %", prediction.slo_attainment, percent),
+        ("effective accuracy %", prediction.effective_accuracy, percent),
+        ("shed %", prediction.shed_ratio, percent),
+        ("p50 ms", prediction.p50_s, milliseconds),
+        ("p99 ms", prediction.p99_s, milliseconds),
+    )
+    for name, each, text in rows:
+        table.add_row(name, text(each.measured), text(each.predicted), text(each.difference))
     return table
 
 

@@ -19,7 +19,8 @@ SERVICE_S = 0.02
 ANSWER = (
     b'{"predictions": [{"index": 9, "label": "Ankle boot", "probability": 0.9}], "operating_point": '
     b'{"capacity_factor": 1.0, "num_selected_experts": 2, "slots": [13], "accuracy": 0.9, "relative_compute": 1.0}, '
-    b'"reason": "ceiling", "deadline_met": true, "times": {"queue_ms": 1.0, "inference_ms": 2.0}}'
+    b'"reason": "ceiling", "deadline_met": true, "times": {"queue_ms": 1.0, "inference_ms": 2.0, '
+    b'"decode_ms": 0.1, "total_ms": 3.0}}'
 )
 _REFUSAL = (b"503 Service Unavailable", b'{"code": "overloaded"}')
 _MODELS = Models(
