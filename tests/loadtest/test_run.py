@@ -135,6 +135,21 @@ def test_generate_and_simulate_when_called_as_in_the_readme_then_a_report_is_pri
     assert "foresight" in result.output
 
 
+def test_compare_when_called_as_in_the_readme_then_the_page_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = tmp_path / "trace.csv"
+    assert invoke(*replaced(readme_commands("generate"), duration="2", out=trace)).exit_code == 0
+    bundle = ROOT / "model_repository" / "vmoe-fashion-mnist"
+    for policy, report in (("fixed", "before.json"), ("foresight", "after.json")):
+        arguments = ("--trace", trace, "--policy", policy, "--json", tmp_path / report)
+        assert invoke("simulate", "--bundle", bundle, *arguments).exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*readme_commands("compare"))
+    assert result.exit_code == 0, result.output
+    assert "<h2>after against before</h2>" in (tmp_path / "comparison.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
