@@ -51,7 +51,7 @@ def page(runs: Sequence[Run], comparisons: Sequence[Comparison] = ()) -> str:
         *(_section(_of("Budgets", run, runs), budgets_table(run.report)) for run in runs if run.report.budgets),
         *(_section(_of("Operating points", run, runs), points_table(run.report)) for run in runs if run.report.points),
         *(
-            _section(_of("How well the simulator predicted", run, runs), prediction_table(run.report.prediction))
+            _section(_of("Predicted by the simulator", run, runs), prediction_table(run.report.prediction))
             for run in runs
             if run.report.prediction is not None
         ),

@@ -12,7 +12,6 @@ from loadtest.report import Figures, Live, Prediction, Report
 from loadtest.runs import Run
 from loadtest.search import Search
 from loadtest.tables import (
-    PREDICTION_HEAD,
     SEARCH_HEAD,
     comparison_row,
     milliseconds,
@@ -194,4 +193,8 @@ def search_table(search: Search) -> str:
 
 def prediction_table(prediction: Prediction) -> str:
     """How well the simulator predicted the run."""
-    return _table(PREDICTION_HEAD, [[escape(cell) for cell in row] for row in prediction_rows(prediction)])
+    rows = [
+        [escape(name), *(_data(value, text(value)) for value in (each.measured, each.predicted, each.difference))]
+        for name, each, text in prediction_rows(prediction)
+    ]
+    return _table(("figure", "measured", "predicted", "difference"), rows)

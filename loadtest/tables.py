@@ -14,7 +14,6 @@ from loadtest.compare import Comparison, Difference
 from loadtest.report import Compared, Figures, Live, Prediction, Report
 from loadtest.search import Search, Trial
 
-PREDICTION_HEAD: Final = ("", "measured", "predicted", "difference")
 SEARCH_HEAD: Final = ("trial", "rate/s", "seed", "p99 ms", "unanswered %", "eff. acc. %", "held")
 
 
@@ -188,22 +187,23 @@ def _points(report: Report) -> Table:
 
 def _predicted(prediction: Prediction) -> Table:
     """One row per figure."""
-    table = Table(*PREDICTION_HEAD, box=SIMPLE, title="how well the simulator predicted")
-    for row in prediction_rows(prediction):
-        table.add_row(*row)
+    table = Table("", "measured", "predicted", "difference", box=SIMPLE, title="how well the simulator predicted")
+    for name, each, text in prediction_rows(prediction):
+        table.add_row(name, text(each.measured), text(each.predicted), text(each.difference))
     return table
 
 
-def prediction_rows(prediction: Prediction) -> list[tuple[str, str, str, str]]:
-    """Name, measured, predicted and the difference, as text."""
-    rows: tuple[tuple[str, Compared, Callable[[float | None], str]], ...] = (
+def prediction_rows(
+    prediction: Prediction,
+) -> tuple[tuple[str, Compared, Callable[[float | None], str]], ...]:
+    """Of each figure that is compared: its name, its values, and how they are written."""
+    return (
         ("in time %", prediction.slo_attainment, percent),
         ("effective accuracy %", prediction.effective_accuracy, percent),
         ("shed %", prediction.shed_ratio, percent),
         ("p50 ms", prediction.p50_s, milliseconds),
         ("p99 ms", prediction.p99_s, milliseconds),
     )
-    return [(name, text(each.measured), text(each.predicted), text(each.difference)) for name, each, text in rows]
 
 
 def percent(ratio: float | None) -> str:

@@ -202,7 +202,10 @@ def test_page_when_there_is_a_prediction_or_a_search_then_it_has_a_table_of_each
     search = Search(rate_hz=None, p99_s=0.1, max_shed=0.001, trials=[trial])
     report = simulated("foresight").model_copy(update={"prediction": prediction, "search": search})
     text = page([Run("a", report)])
-    assert re.search(r"<h2>How well the simulator predicted</h2>.*?<td>90.00</td><td>95.00</td><td>5.00</td>", text)
+    assert re.search(
+        r"<h2>Predicted by the simulator</h2>.*?>90.00</data></td><td>.*?>95.00</data></td><td>.*?>5.00</data></td>",
+        text,
+    )
     assert re.search(r"<h2>Search of the highest rate</h2>.*?<td>123.0</td><td>7</td><td>50.0</td>", text)
     assert "no rate was confirmed: p99 at most 100.0 ms" in text
     assert Outline(text).tags.isdisjoint({"script", "img"})
