@@ -165,6 +165,10 @@ def export(
     triton_instances: Annotated[
         int, typer.Option(min=1, help="Copies of the model in Triton, per GPU with --triton-device gpu.")
     ] = 1,
+    triton_queue_timeout_s: Annotated[
+        float,
+        typer.Option(min=0.0, help="Longest wait in Triton's queue; 0 sets no queue policy, see docs/triton.md."),
+    ] = 0.0,
     triton_only: Annotated[
         bool,
         typer.Option("--triton-only", help="Write Triton's files of OUT/NAME again; export and measure nothing."),
@@ -175,7 +179,7 @@ def export(
     ] = None,
 ) -> None:
     """Exports CHECKPOINT to OUT/NAME: ONNX graph, manifest with measured accuracy and latency, Triton config."""
-    triton = TritonOptions(triton_backend.value, triton_device.value, triton_instances, threads)
+    triton = TritonOptions(triton_backend.value, triton_device.value, triton_instances, threads, triton_queue_timeout_s)
     with _clear_errors():
         if triton_repository is not None and not triton_only:
             raise typer.BadParameter("--triton-repository goes with --triton-only")

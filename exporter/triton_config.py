@@ -32,12 +32,15 @@ class TritonOptions:
         device: of every instance.
         instances: copies of the model, per GPU where the device is one; each holds its own weights.
         threads: of one inference of one instance on a CPU; 0 is all cores.
+        queue_timeout_s: longest that a request may wait in the server, which a request's own timeout lowers; 0 sets no
+            queue policy, and then Triton ignores the timeouts of requests.
     """
 
     backend: TritonBackend = "onnxruntime"
     device: TritonDevice = "cpu"
     instances: int = 1
     threads: int = 0
+    queue_timeout_s: float = 0.0
 
 
 def triton_config(manifest: Manifest, options: TritonOptions) -> str:
@@ -70,7 +73,7 @@ def _lines(manifest: Manifest, options: TritonOptions) -> Iterator[str]:
         label = f' label_filename: "{LABELS_FILE}"' if tensor.name == "logits" else ""
         yield f"output [ {{ {_tensor(tensor)}{label} }} ]"
     yield f"instance_group [ {{ count: {options.instances} kind: KIND_{options.device.upper()} }} ]"
-    yield from _queue()
+    yield from _queue(options)
     yield from _accelerator(options)
     yield from _parameters(manifest, options)
     yield from _warmup(manifest)
@@ -81,13 +84,18 @@ def _tensor(tensor: Tensor) -> str:
     return f'name: "{tensor.name}" data_type: {_TYPES[tensor.dtype]} dims: [ {dims} ]'
 
 
-def _queue() -> Iterator[str]:
+def _queue(options: TritonOptions) -> Iterator[str]:
     """A queue out of which a cancelled request is taken, which Triton has only in its dynamic batcher; no batching."""
     yield "# The dynamic batcher is here because it drops what a client has given up. It must merge nothing: the"
     yield "# gateway forms the batches and reckons with their measured latency, which a second gateway's images in the"
     yield "# same run would falsify. A preferred size of 1 does that: whatever request is first reaches or exceeds it"
-    yield "# alone. A queue policy (timeout, size) must not stand here: docs/triton.md, Queue."
-    yield "dynamic_batching { preferred_batch_size: [ 1 ] max_queue_delay_microseconds: 0 }"
+    yield "# alone. A queue policy makes tritonserver 2.51 leave requests lying: docs/triton.md, Queue."
+    yield "dynamic_batching {"
+    yield "  preferred_batch_size: [ 1 ] max_queue_delay_microseconds: 0"
+    if options.queue_timeout_s:
+        timeout = f"default_timeout_microseconds: {round(1e6 * options.queue_timeout_s)} allow_timeout_override: true"
+        yield f"  default_queue_policy {{ timeout_action: REJECT {timeout} }}"
+    yield "}"
 
 
 def _accelerator(options: TritonOptions) -> Iterator[str]:

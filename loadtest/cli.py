@@ -1,4 +1,4 @@
-"""`python -m loadtest`: load a gateway, simulate a policy on a trace, tune it, generate a trace, show reports."""
+"""`python -m loadtest`: load a gateway, simulate or tune a policy, generate a trace, show and compare reports."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from loadtest.compare import compare
 from loadtest.errors import LoadtestError, TraceError
 from loadtest.html import write_page
 from loadtest.oracle import oracle
@@ -24,7 +25,7 @@ from loadtest.schedule import Kind, Mix, draw
 from loadtest.search import Objective
 from loadtest.simulator import Machine, simulate
 from loadtest.subject import Subject
-from loadtest.tables import print_report
+from loadtest.tables import print_comparison, print_report
 from loadtest.trace import Trace, write_trace
 from loadtest.tuner import objective as tuning
 
@@ -143,12 +144,19 @@ def run(
     grace_ms: Annotated[
         float, typer.Option(min=0, help="Beyond the deadline, for the way there and back; still in time.")
     ] = 0.0,
+    predict: Annotated[
+        Path | None,
+        typer.Option(help="Bundle that the gateway serves: probe it first, simulate the same run, and compare."),
+    ] = None,
     percentile: Annotated[
         float, typer.Option(min=50, max=99.99, help="Of latency: the run must have requests enough for it.")
     ] = 99.0,
     closed: Annotated[
         int | None, typer.Option(min=1, help="Users who wait for each answer, instead of --arrivals; hides overload.")
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="That share the schedule, where one core cannot send it; not with --closed.")
+    ] = 1,
     find: Annotated[
         bool, typer.Option("--find-max", help="Search from --rate on the highest rate at which the objectives hold.")
     ] = False,
@@ -176,9 +184,13 @@ def run(
             )
         if find and (arrivals is None or p99_ms is None):
             raise LoadtestError("--find-max needs --arrivals and --p99-ms")
+        if predict is not None and (closed is not None or find):
+            raise LoadtestError("--predict compares runs of one schedule: give it with --arrivals or --trace alone")
+        if closed is not None and processes > 1:
+            raise LoadtestError(f"--closed runs in one process, got --processes {processes}")
         mix = Mix.parse(budget or (), deadline_ms or ())
         terms = Terms(warmup_s, timeout_s, grace_ms / 1000, percentile)
-        session = Session(url, images, terms, seed, Console(stderr=True))
+        session = Session(url, images, terms, seed, Console(stderr=True), processes)
 
         def drawn(rate_hz: float, total_s: float, seed: int) -> tuple[str, Trace]:
             assert arrivals is not None
@@ -187,7 +199,7 @@ def run(
 
         if trace is not None:
             name, schedule = _replayed(trace, Rescaling.parse(window, time_scale, rate_scale), mix, seed)
-            report = session.run(schedule, name)
+            report = session.run(schedule, name, predict=predict)
         elif duration_s is None or (rate_hz is None and closed is None):
             raise LoadtestError("--closed needs --duration" if closed else "--arrivals needs --rate and --duration")
         elif closed is not None:
@@ -198,7 +210,7 @@ def run(
         else:
             assert rate_hz is not None
             name, schedule = drawn(rate_hz, warmup_s + _positive("--duration", duration_s), seed)
-            report = session.run(schedule, name)
+            report = session.run(schedule, name, predict=predict)
         print_report(report, Console())
         _write(report, json, html)
     assert report.live is not None
@@ -234,6 +246,24 @@ def html_command(
     """Shows reports as one page that needs no network: plots over time, tables, machine and versions."""
     with _clear_errors():
         write_page(out, read_runs(reports))
+
+
+@app.command("compare")
+def compare_command(
+    reports: Annotated[list[Path], typer.Argument(help="Two or more; the first is what the others are held against.")],
+    html: Annotated[Path | None, typer.Option(help="Write a page with all of them here.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resampling behind the intervals.")] = 0,
+) -> None:
+    """Tells what differs between runs, with a confidence interval on every difference."""
+    with _clear_errors():
+        if len(reports) < 2:
+            raise LoadtestError(f"comparing needs two reports or more, got {len(reports)}; `html` shows one")
+        runs = read_runs(reports)
+        comparisons = [compare(runs[0], other, seed=seed) for other in runs[1:]]
+        for comparison in comparisons:
+            print_comparison(comparison, Console())
+        if html is not None:
+            write_page(html, runs, comparisons)
 
 
 @app.command()

@@ -67,17 +67,33 @@ async def measure(
     return live_report(record, plan.trace, plan.terms, setup)
 
 
+def soon() -> float:
+    """A start on the monotonic clock, so that the first arrival is not late already."""
+    return time.monotonic() + _LEAD_S
+
+
 async def offer(
-    client: Client, plan: Plan, images: Images, progress: Callable[[Recorder], None] = lambda recorder: None
+    client: Client,
+    plan: Plan,
+    images: Images,
+    progress: Callable[[Recorder], None] = lambda recorder: None,
+    chosen: npt.NDArray[np.int64] | None = None,
+    when_ready: Callable[[], float] = soon,
 ) -> Record:
-    """Sends every request of the plan; what came of it."""
+    """Sends every request of the plan; what came of it.
+
+    Arguments:
+        progress: called now and then; what it raises ends the run.
+        chosen: (N,) the image of each request; by the plan's seed where it is None.
+        when_ready: called when everything is prepared; the start of the schedule, on the monotonic clock.
+    """
     trace = plan.trace
-    chosen = images.choose(trace, plan.seed)
+    chosen = images.choose(trace, plan.seed) if chosen is None else chosen
     recorder = Recorder(plan.terms.grace_s)
     recorder.expect(trace.arrival_s, due_after_s(trace, client.target), images.labels[chosen])
     run = _Run(client, trace, images, chosen.tolist(), recorder)
     before_s = time.process_time()
-    interrupted = await run.to_the_end(progress)
+    interrupted = await run.to_the_end(progress, when_ready())
     return recorder.record(run.start_s, time.process_time() - before_s, interrupted=interrupted)
 
 
@@ -104,10 +120,9 @@ class _Run:
         self._open: set[asyncio.Task[None]] = set()
         self.start_s = 0.0
 
-    async def to_the_end(self, progress: Callable[[Recorder], None]) -> bool:
+    async def to_the_end(self, progress: Callable[[Recorder], None], start_s: float) -> bool:
         """True when it was stopped by hand."""
-        loop = asyncio.get_running_loop()
-        self.start_s = loop.time() + _LEAD_S
+        self.start_s = start_s
         pacing = asyncio.create_task(self._pace())
         reporting = asyncio.create_task(report_progress(self._recorder, progress))
 
@@ -117,9 +132,11 @@ class _Run:
 
         try:
             with on_interrupt(stop):
-                await asyncio.wait((pacing,))
-                while self._open:
-                    await asyncio.wait(self._open)
+                while not pacing.done() or self._open:
+                    waited = self._open if pacing.done() else (pacing,)
+                    await asyncio.wait((*waited, reporting), return_when=asyncio.FIRST_COMPLETED)
+                    if reporting.done():
+                        reporting.result()  # raises what `progress` raised
         finally:
             for task in (pacing, reporting, *self._open):
                 task.cancel()
@@ -130,7 +147,7 @@ class _Run:
         return pacing.cancelled()
 
     async def _pace(self) -> None:
-        now = asyncio.get_running_loop().time
+        now = time.monotonic
         for index, due_s in enumerate(self._due_s):
             # Also when late: 0 lets the tasks of those before run, so that catching up cannot starve them.
             await asyncio.sleep(max(self.start_s + due_s - now(), 0))
@@ -139,7 +156,7 @@ class _Run:
             task.add_done_callback(self._open.discard)
 
     async def _send(self, index: int) -> None:
-        now = asyncio.get_running_loop().time
+        now = time.monotonic
         recorder, image = self._recorder, self._chosen[index]
         recorder.sent(index, now() - self.start_s)
         try:

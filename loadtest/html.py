@@ -14,12 +14,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
+from loadtest.compare import Comparison
 from loadtest.errors import LoadtestError
 from loadtest.plot import draw
 from loadtest.plots import COLOURS, plots
-from loadtest.report import Figures, Live, Report
+from loadtest.report import Figures, Live, Prediction, Report
 from loadtest.runs import Run
-from loadtest.tables import milliseconds, percent
+from loadtest.tables import comparison_row, milliseconds, percent, prediction_rows
 
 _FIGURES: Final = (
     "offered", "in time %", "effective acc. %", "accuracy %", "degraded %", "missed %", "shed %",
@@ -27,21 +28,27 @@ _FIGURES: Final = (
 )  # fmt: skip
 
 
-def write_page(path: Path, runs: Sequence[Run]) -> None:
+def write_page(path: Path, runs: Sequence[Run], comparisons: Sequence[Comparison] = ()) -> None:
     """Raises `LoadtestError` where the file cannot be written."""
     try:
-        path.write_text(page(runs), encoding="utf-8")
+        path.write_text(page(runs, comparisons), encoding="utf-8")
     except OSError as error:
         raise LoadtestError(f"cannot write {path}: {error.strerror}") from error
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The page of one run, or of several with other names each."""
+def page(runs: Sequence[Run], comparisons: Sequence[Comparison] = ()) -> str:
+    """The page of one run, or of several with other names each and of comparisons between them."""
     title = runs[0].name if len(runs) == 1 else " | ".join(run.name for run in runs)
     style = files("loadtest").joinpath("page.css").read_text(encoding="utf-8")
     sections = [
         *(_verdict(run, len(runs) > 1) for run in runs),
         _section("Figures", _overview(runs)),
+        *(_section(f"{each.second} against {each.first}", _comparison(each)) for each in comparisons),
+        *(
+            _section(_of("Predicted by the simulator", run, runs), _prediction(run.report.prediction))
+            for run in runs
+            if run.report.prediction is not None
+        ),
         '<section class="plots">' + "".join(draw(plot) for plot in plots(runs)) + "</section>",
         *(_section(_of("Budgets", run, runs), _budgets(run.report)) for run in runs if run.report.budgets),
         *(_section(_of("Operating points", run, runs), _points(run.report)) for run in runs if run.report.points),
@@ -105,6 +112,33 @@ def _overview(runs: Sequence[Run]) -> str:
     return _table(("run", *_FIGURES), [[name, *_figures(each)] for name, each in rows]) + (
         f'<ul class="unknown">{listed}</ul>' if listed else ""
     )
+
+
+def _comparison(comparison: Comparison) -> str:
+    rows = []
+    for each in comparison.differences:
+        name, first, second, difference, interval = comparison_row(each)
+        verdict = "" if each.verdict == "open" else f'<span class="{each.verdict}">{each.verdict}</span>'
+        rows.append(
+            [
+                escape(name),
+                _data(each.first, first),
+                _data(each.second, second),
+                _data(each.difference, difference),
+                interval,
+                verdict,
+            ]
+        )
+    head = ("figure", comparison.first, comparison.second, "difference", "95 % interval", "")
+    return f'{_table(head, rows)}<p class="note">{escape(comparison.how)}</p>'
+
+
+def _prediction(prediction: Prediction) -> str:
+    rows = [
+        [escape(name), *(_data(value, text(value)) for value in (each.measured, each.predicted, each.difference))]
+        for name, each, text in prediction_rows(prediction)
+    ]
+    return _table(("figure", "measured", "predicted", "difference"), rows)
 
 
 def _budgets(report: Report) -> str:

@@ -6,8 +6,8 @@ Times are seconds from the start of the schedule, by the monotonic clock, which 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -177,3 +177,33 @@ class Recorder:
             cpu_s,
             interrupted,
         )
+
+
+def interleaved(records: Sequence[Record]) -> Record:
+    """One of R records, of which the r-th holds every R-th request from the r-th on. Rungs are those of all."""
+    step, size = len(records), sum(len(record.due_s) for record in records)
+    points = tuple(dict.fromkeys(point for record in records for point in record.points))
+    outcomes = Outcomes.empty(size)
+    columns = {name: np.empty(size) for name in ("due_s", "sent_s", "send_latency_s")}
+    gateway_met = np.empty(size, np.bool_)
+    failures = []
+    for first, record in enumerate(records):
+        for each in fields(Outcomes):
+            if each.name not in ("rung", "batch_size", "decision_s"):
+                getattr(outcomes, each.name)[first::step] = getattr(record.outcomes, each.name)
+        codes = np.array([*map(points.index, record.points), -1], np.int16)  # a rung of -1, no answer, reads the last
+        outcomes.rung[first::step] = codes[record.outcomes.rung]
+        for name, column in columns.items():
+            column[first::step] = getattr(record, name)
+        gateway_met[first::step] = record.gateway_met
+        failures += [(first + step * index, why) for index, why in record.failures]
+    return Record(
+        start_s=records[0].start_s,
+        **columns,
+        gateway_met=gateway_met,
+        failures=tuple(failures),
+        outcomes=outcomes,
+        points=points,
+        cpu_s=sum(record.cpu_s for record in records),
+        interrupted=any(record.interrupted for record in records),
+    )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from loadtest.report import Figures, Live, Report
+from loadtest.compare import Comparison, Difference
+from loadtest.report import Compared, Figures, Live, Prediction, Report
 from loadtest.search import Search
 
 
@@ -23,6 +27,8 @@ def print_report(report: Report, console: Console) -> None:
             console.print(f"{name} is unknown: {reason}")
     if report.live is not None:
         _print_live(report.live, console)
+    if report.prediction is not None:
+        console.print(_predicted(report.prediction))
     if report.search is not None:
         _print_search(report.search, console)
     if report.mean_decision_s is not None and report.mean_batch_size is not None:
@@ -30,6 +36,39 @@ def print_report(report: Report, console: Console) -> None:
             f"{report.decisions:,} batches of {report.mean_batch_size:.1f} images, "
             f"{1e6 * report.mean_decision_s:.0f} us per decision"
         )
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """One row per figure."""
+    table = Table(
+        "", escape(comparison.first), escape(comparison.second), "difference", "95 % interval", "", box=SIMPLE
+    )
+    for each in comparison.differences:
+        table.add_row(*comparison_row(each), "" if each.verdict == "open" else each.verdict)
+    console.print(table)
+    console.print(comparison.how, markup=False)
+
+
+def comparison_row(each: Difference) -> tuple[str, str, str, str, str]:
+    """Name, both figures, difference and interval, as text."""
+    show = milliseconds if each.unit == "ms" else percent
+    unit = "ms" if each.unit == "ms" else "%"
+    return (
+        f"{each.name} {unit}",
+        show(each.first),
+        show(each.second),
+        _signed(each.difference, show),
+        "-" if each.low is None or each.high is None else f"{_signed(each.low, show)} to {_signed(each.high, show)}",
+    )
+
+
+def _signed(value: float | None, show: Callable[[float | None], str]) -> str:
+    text = show(value)
+    if value is None:
+        return text
+    if float(text) == 0:
+        return text.removeprefix("-")
+    return f"+{text}" if value > 0 else text
 
 
 def _print_search(search: Search, console: Console) -> None:
@@ -132,6 +171,27 @@ def _points(report: Report) -> Table:
             percent(point.share),
         )
     return table
+
+
+def _predicted(prediction: Prediction) -> Table:
+    """One row per figure."""
+    table = Table("", "measured", "predicted", "difference", box=SIMPLE, title="how well the simulator predicted")
+    for name, each, text in prediction_rows(prediction):
+        table.add_row(name, text(each.measured), text(each.predicted), text(each.difference))
+    return table
+
+
+def prediction_rows(
+    prediction: Prediction,
+) -> tuple[tuple[str, Compared, Callable[[float | None], str]], ...]:
+    """Of each figure that is compared: its name, its values, and how they are written."""
+    return (
+        ("in time %", prediction.slo_attainment, percent),
+        ("effective accuracy %", prediction.effective_accuracy, percent),
+        ("shed %", prediction.shed_ratio, percent),
+        ("p50 ms", prediction.p50_s, milliseconds),
+        ("p99 ms", prediction.p99_s, milliseconds),
+    )
 
 
 def percent(ratio: float | None) -> str:

@@ -99,6 +99,14 @@ def test_queue_merges_nothing_and_has_no_policy() -> None:
     assert not batching.HasField("default_queue_policy")
 
 
+def test_queue_policy_when_asked_for_rejects_after_a_timeout_that_requests_may_lower() -> None:
+    batching = parse(small_manifest(), TritonOptions(queue_timeout_s=2.5)).dynamic_batching
+    policy = batching.default_queue_policy
+    assert (policy.default_timeout_microseconds, policy.allow_timeout_override) == (2_500_000, True)
+    assert policy.TimeoutAction.Name(policy.timeout_action) == "REJECT"
+    assert list(batching.preferred_batch_size) == [1]
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "count", "threads", "accelerators"),
     [

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 import numpy as np
 import pytest
 import tritonclient.grpc as triton_client
 
 from exporter.bundle import Bundle
-from server.backends.base import Batch
+from exporter.triton_config import TritonOptions
+from server.backends.base import Batch, Outputs
 from server.backends.triton.connect import connect
 from server.backends.triton.contract import check_contract
-from server.backends.triton.failure import CallFailed
+from server.backends.triton.failure import CallFailed, Failure
 from server.backends.triton.link import Client
 from tests.triton.conftest import PROTOCOLS, SHIPPED, url_of
-from tests.triton_server import TritonServer, free_port
+from tests.triton_server import TritonServer, free_port, python_repository
 
 MANIFEST = Bundle.load(SHIPPED).manifest
 
@@ -116,6 +117,33 @@ def test_calls_when_cancelled_while_they_wait_in_the_server_then_grpc_spares_the
         assert client.cancellable == (executions() - before <= 10)
 
     using(url_of(triton, protocol), scenario)
+
+
+@pytest.fixture(scope="module")
+def timing_out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A server whose configuration has a queue policy."""
+    options = TritonOptions("python", threads=1, queue_timeout_s=20.0)
+    with TritonServer(python_repository(SHIPPED, tmp_path_factory.mktemp("policy"), options)) as server:
+        yield server
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_request_timeout_when_the_server_has_a_queue_policy_then_it_does_not_begin_after_that(
+    timing_out: TritonServer, protocol: str
+) -> None:
+    failures: list[Failure] = []
+
+    async def scenario(client: Client) -> None:
+        # One of these takes more than 30 ms, and the first need not wait.
+        calls = (client.infer(batch(32), 30.0, 0.1) for _ in range(16))
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        failures.extend(outcome.failure for outcome in outcomes if isinstance(outcome, CallFailed))
+        assert len(failures) + sum(isinstance(outcome, Outputs) for outcome in outcomes) == 16
+
+    using(url_of(timing_out, protocol), scenario)
+    assert 0 < len(failures) < 16
+    assert {failure.reason for failure in failures} == {"timeout"}
+    assert all("Request timeout expired" in failure.detail for failure in failures)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
