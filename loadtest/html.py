@@ -18,9 +18,9 @@ from loadtest.compare import Comparison
 from loadtest.errors import LoadtestError
 from loadtest.plot import draw
 from loadtest.plots import COLOURS, plots
-from loadtest.report import Figures, Live, Report
+from loadtest.report import Figures, Live, Prediction, Report
 from loadtest.runs import Run
-from loadtest.tables import comparison_row, milliseconds, percent
+from loadtest.tables import comparison_row, milliseconds, percent, prediction_rows
 
 _FIGURES: Final = (
     "offered", "in time %", "effective acc. %", "accuracy %", "degraded %", "missed %", "shed %",
@@ -44,6 +44,11 @@ def page(runs: Sequence[Run], comparisons: Sequence[Comparison] = ()) -> str:
         *(_verdict(run, len(runs) > 1) for run in runs),
         _section("Figures", _overview(runs)),
         *(_section(f"{each.second} against {each.first}", _comparison(each)) for each in comparisons),
+        *(
+            _section(_of("Predicted by the simulator", run, runs), _prediction(run.report.prediction))
+            for run in runs
+            if run.report.prediction is not None
+        ),
         '<section class="plots">' + "".join(draw(plot) for plot in plots(runs)) + "</section>",
         *(_section(_of("Budgets", run, runs), _budgets(run.report)) for run in runs if run.report.budgets),
         *(_section(_of("Operating points", run, runs), _points(run.report)) for run in runs if run.report.points),
@@ -126,6 +131,14 @@ def _comparison(comparison: Comparison) -> str:
         )
     head = ("figure", comparison.first, comparison.second, "difference", "95 % interval", "")
     return f'{_table(head, rows)}<p class="note">{escape(comparison.how)}</p>'
+
+
+def _prediction(prediction: Prediction) -> str:
+    rows = [
+        [escape(name), *(_data(value, text(value)) for value in (each.measured, each.predicted, each.difference))]
+        for name, each, text in prediction_rows(prediction)
+    ]
+    return _table(("figure", "measured", "predicted", "difference"), rows)
 
 
 def _budgets(report: Report) -> str:

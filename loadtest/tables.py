@@ -176,16 +176,22 @@ def _points(report: Report) -> Table:
 def _predicted(prediction: Prediction) -> Table:
     """One row per figure."""
     table = Table("", "measured", "predicted", "difference", box=SIMPLE, title="how well the simulator predicted")
-    rows: tuple[tuple[str, Compared, Callable[[float | None], str]], ...] = (
+    for name, each, text in prediction_rows(prediction):
+        table.add_row(name, text(each.measured), text(each.predicted), text(each.difference))
+    return table
+
+
+def prediction_rows(
+    prediction: Prediction,
+) -> tuple[tuple[str, Compared, Callable[[float | None], str]], ...]:
+    """Of each figure that is compared: its name, its values, and how they are written."""
+    return (
         ("in time %", prediction.slo_attainment, percent),
         ("effective accuracy %", prediction.effective_accuracy, percent),
         ("shed %", prediction.shed_ratio, percent),
         ("p50 ms", prediction.p50_s, milliseconds),
         ("p99 ms", prediction.p99_s, milliseconds),
     )
-    for name, each, text in rows:
-        table.add_row(name, text(each.measured), text(each.predicted), text(each.difference))
-    return table
 
 
 def percent(ratio: float | None) -> str:
