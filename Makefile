@@ -6,9 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 PROMETHEUS := $(or $(shell command -v prometheus),/usr/bin/prometheus)
+CHROMEDRIVER := $(or $(shell command -v chromedriver),/usr/bin/chromedriver)
 MODEL ?= vmoe-fashion-mnist
 
-.PHONY: serve serve-triton test lint train export bench-policy bench-fleet bench-model clean
+.PHONY: serve serve-triton test lint train export loadtest-demo loadtest-picture bench-policy bench-fleet bench-model clean
 
 serve: $(VENV)/.light
 	$(BIN)/python -m server --model-repository model_repository --model $(MODEL)
@@ -18,7 +19,7 @@ serve-triton: $(VENV)/.full
 	$(BIN)/python -m tests.triton_server model_repository/$(MODEL) \
 		$(BIN)/python -m server --model-repository model_repository --model $(MODEL) --backend triton --triton-urls GRPC_URL
 
-test: lint $(FASHION_MNIST) $(PROMETHEUS)
+test: lint $(FASHION_MNIST) $(PROMETHEUS) $(CHROMEDRIVER)
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.full
@@ -37,6 +38,14 @@ export: $(VENV)/.full $(FASHION_MNIST)
 	$(BIN)/python -m exporter runs/vmoe-fashion-mnist/checkpoint --name vmoe-fashion-mnist --out model_repository \
 		--images $(FASHION_MNIST)
 
+# The same bursts against the default policy and two fixed ones; leaves runs/loadtest-demo/index.html. Two minutes.
+loadtest-demo: $(VENV)/.full $(FASHION_MNIST)
+	$(BIN)/python -m loadtest.demo --images $(FASHION_MNIST)
+
+# What the README shows of it.
+loadtest-picture: $(VENV)/.full $(CHROMEDRIVER)
+	$(BIN)/python -m tests.loadtest.browser runs/loadtest-demo/index.html docs/loadtest-demo.png
+
 # Every policy on every trace, simulated; writes table and plot into docs/bench.
 bench-policy: $(VENV)/.full
 	$(BIN)/python -m tests.benchmarks.policies
@@ -48,6 +57,23 @@ bench-model: $(VENV)/.full
 # What fleets hold, simulated; prints the tables of docs/scaling.md. Took 13 minutes beside other work.
 bench-fleet: $(VENV)/.full
 	$(BIN)/python -m tests.benchmarks.fleet
+
+# Four small models (BPR, BPR at random points, vanilla, dense) and what docs/experiments says about their routing. Goes on
+# where it was stopped. One training is about 5 minutes of one undisturbed core, the sweep 3 per sparse model.
+ROUTING_RUNS := plain adaptive vanilla dense
+ROUTING_TRAIN := $(BIN)/python -m vmoe train --epochs 2 --warmup-steps 200 --average-decay 0.995 --flip 0 --shift 0.02 \
+	--scale 0.02 --erase 0 --autocast none --resume
+.PHONY: experiments-routing
+experiments-routing: $(VENV)/.full $(FASHION_MNIST)
+	$(ROUTING_TRAIN) --config docs/experiments/configs/small_bpr.json --output runs/routing/plain
+	$(ROUTING_TRAIN) --config docs/experiments/configs/small_bpr.json --output runs/routing/adaptive --adaptive 0.5
+	$(ROUTING_TRAIN) --config docs/experiments/configs/small_vanilla.json --output runs/routing/vanilla
+	$(ROUTING_TRAIN) --config docs/experiments/configs/small_dense.json --output runs/routing/dense
+	$(BIN)/python -m vmoe sweep $(ROUTING_RUNS:%=runs/routing/%/checkpoint) --limit 2000 --seeds 1 \
+		--json docs/experiments/sweep.json --markdown docs/experiments/sweep.md --plot docs/experiments/sweep.png
+	$(BIN)/python -m vmoe show-routing runs/routing/plain/checkpoint --plot docs/experiments/kept-patches.png
+	$(BIN)/python -m vmoe routing-analysis runs/routing/plain/checkpoint --limit 2000 \
+		--json docs/experiments/routing-analysis.json --plot docs/experiments/routing-analysis.png
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
@@ -72,6 +98,12 @@ $(FASHION_MNIST):
 $(PROMETHEUS):
 	@{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && tests/deploy/install_prometheus.sh; } \
 		|| { echo "install Debian's package prometheus, or put prometheus and promtool on PATH"; exit 1; }
+
+# The browser in which pages of reports are opened.
+$(CHROMEDRIVER):
+	@{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; } \
+		|| { echo "install Debian's packages chromium and chromium-driver, or put both programs on PATH"; exit 1; }
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -144,6 +144,10 @@ def run(
     grace_ms: Annotated[
         float, typer.Option(min=0, help="Beyond the deadline, for the way there and back; still in time.")
     ] = 0.0,
+    predict: Annotated[
+        Path | None,
+        typer.Option(help="Bundle that the gateway serves: probe it first, simulate the same run, and compare."),
+    ] = None,
     percentile: Annotated[
         float, typer.Option(min=50, max=99.99, help="Of latency: the run must have requests enough for it.")
     ] = 99.0,
@@ -180,6 +184,8 @@ def run(
             )
         if find and (arrivals is None or p99_ms is None):
             raise LoadtestError("--find-max needs --arrivals and --p99-ms")
+        if predict is not None and (closed is not None or find):
+            raise LoadtestError("--predict compares runs of one schedule: give it with --arrivals or --trace alone")
         if closed is not None and processes > 1:
             raise LoadtestError(f"--closed runs in one process, got --processes {processes}")
         mix = Mix.parse(budget or (), deadline_ms or ())
@@ -193,7 +199,7 @@ def run(
 
         if trace is not None:
             name, schedule = _replayed(trace, Rescaling.parse(window, time_scale, rate_scale), mix, seed)
-            report = session.run(schedule, name)
+            report = session.run(schedule, name, predict=predict)
         elif duration_s is None or (rate_hz is None and closed is None):
             raise LoadtestError("--closed needs --duration" if closed else "--arrivals needs --rate and --duration")
         elif closed is not None:
@@ -204,7 +210,7 @@ def run(
         else:
             assert rate_hz is not None
             name, schedule = drawn(rate_hz, warmup_s + _positive("--duration", duration_s), seed)
-            report = session.run(schedule, name)
+            report = session.run(schedule, name, predict=predict)
         print_report(report, Console())
         _write(report, json, html)
     assert report.live is not None
@@ -297,6 +303,7 @@ def tune_command(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Batches that run at once.")] = 1,
     max_batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the bundle's.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that simulate; the result does not depend on it.")] = 1,
     url: Annotated[str | None, typer.Option(help="Gateway at which the best few are confirmed.")] = None,
     admin_key: Annotated[str, typer.Option(envvar="VMOE_ADMIN_KEY", help="Of that gateway.")] = "",
     grace_ms: Annotated[float, typer.Option(min=0, help="As for `run`, in the confirmation.")] = 0.0,
@@ -340,6 +347,7 @@ def tune_command(
                 held_out=held_out,
                 workers=workers,
                 max_batch_size=max_batch_size,
+                jobs=jobs,
                 policy=policy,
                 out=out,
                 plot=plot,

@@ -26,6 +26,7 @@ from server.schemas import Models, PolicyBody
 
 # Below uvicorn's 5 s after which it closes an idle connection: a request sent at that moment would fail.
 _KEEPALIVE_S = 3.0
+_LOOP_TIME: Final = "vmoe_event_loop_cpu_seconds_total "
 _SHED: Final[dict[str, ShedReason]] = {"overloaded": "deadline", "over_share": "share", "queue_full": "queue_full"}
 
 
@@ -67,6 +68,8 @@ class Answered:
     deadline_met: bool
     queue_s: float
     inference_s: float
+    decode_s: float
+    total_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,35 @@ class Client:
         except aiohttp.ClientError as error:
             return Failed(type(error).__name__)
 
+    async def policy(self) -> PolicyBody:
+        """The policy in force now.
+
+        Raises:
+            TargetError: it does not say.
+        """
+        try:
+            return PolicyBody.model_validate_json(await self._get("/v1/policy"))
+        except ValidationError as error:
+            raise TargetError(f"{self.target.url}/v1/policy is not as this version knows it: {error}") from error
+
+    async def loop_cpu_s(self) -> float:
+        """Processor time of the gateway's event loop so far.
+
+        Raises:
+            TargetError: it does not say.
+        """
+        for line in (await self._get("/metrics")).splitlines():
+            if line.startswith(_LOOP_TIME):
+                return float(line.split()[1])
+        raise TargetError(f"{self.target.url}/metrics has no {_LOOP_TIME.strip()}: is it a gateway of this version?")
+
+    async def _get(self, path: str) -> str:
+        try:
+            async with self._session.get(self.target.url + path) as response:
+                return await response.text()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise TargetError(f"{self.target.url}{path} cannot be read: {error or type(error).__name__}") from error
+
     def _read(self, status: int, body: bytes) -> Reply:
         if status == 504:
             return Expired()
@@ -130,13 +162,16 @@ class Client:
             if status == 200:
                 if content["reason"] not in SERVE_REASONS:
                     return Failed(f"200 with unknown reason {content['reason']!r}")
+                times = content["times"]
                 return Answered(
                     self._point(content["operating_point"]),
                     content["predictions"][0]["index"],
                     content["reason"],
                     content["deadline_met"],
-                    content["times"]["queue_ms"] / 1000,
-                    content["times"]["inference_ms"] / 1000,
+                    times["queue_ms"] / 1000,
+                    times["inference_ms"] / 1000,
+                    times["decode_ms"] / 1000,
+                    times["total_ms"] / 1000,
                 )
             code = str(content["code"])
         except (ValueError, KeyError, TypeError, IndexError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -13,11 +13,13 @@ from loadtest.closed_loop import ClosedPlan, measure_closed
 from loadtest.generator import Plan, measure
 from loadtest.images import SAMPLE, Images, load_images
 from loadtest.live_results import Terms
+from loadtest.prediction import Predictor
 from loadtest.processes import measure_in_processes
 from loadtest.progress import LiveProgress
 from loadtest.report import Report
 from loadtest.schedule import Mix
 from loadtest.search import Objective, Phase, Trial, find_max
+from loadtest.subject import Subject
 from loadtest.trace import Trace
 from loadtest.validity import least_requests
 
@@ -31,6 +33,7 @@ class Session:
         seed: of schedules, wishes and images.
         console: for the progress bar.
         processes: that share a schedule.
+        loaded: images by class names, so that the trials of a search read and encode them once.
     """
 
     url: str
@@ -39,15 +42,26 @@ class Session:
     seed: int
     console: Console
     processes: int = 1
+    loaded: dict[tuple[str, ...], Images] = field(default_factory=dict)
 
-    def run(self, trace: Trace, name: str, seed: int | None = None) -> Report:
-        """Offers a schedule, warm-up included."""
+    def run(self, trace: Trace, name: str, seed: int | None = None, predict: Path | None = None) -> Report:
+        """Offers a schedule, warm-up included.
+
+        Arguments:
+            predict: the bundle that is served; the report then says how well the simulator predicted.
+        """
         plan = Plan(trace, name, self.terms, self.seed if seed is None else seed)
+        predictor = None
+        if predict is not None:
+            self.console.print("probing the gateway")
+            predictor = asyncio.run(Predictor.of(self.url, Subject.load(predict), self._load, self.terms.timeout_s))
         with LiveProgress(len(trace), self.console) as progress:
             shown = progress.update
             if self.processes > 1:
-                return measure_in_processes(self.url, plan, self._load, shown, self.processes)
-            return asyncio.run(measure(self.url, plan, self._load, lambda recorder: shown(recorder.take_tally())))
+                report = measure_in_processes(self.url, plan, self._load, shown, self.processes)
+            else:
+                report = asyncio.run(measure(self.url, plan, self._load, lambda recorder: shown(recorder.take_tally())))
+        return report if predictor is None else predictor.beside(report, plan)
 
     def run_closed(self, users: int, duration_s: float, mix: Mix) -> Report:
         """Lets users wait for their answers; `duration_s` is without the warm-up."""
@@ -87,7 +101,9 @@ class Session:
         return last.model_copy(update={"search": search})
 
     def _load(self, labels: tuple[str, ...]) -> Images:
-        return load_images(self.images or SAMPLE, labels)
+        if labels not in self.loaded:
+            self.loaded[labels] = load_images(self.images or SAMPLE, labels)
+        return self.loaded[labels]
 
 
 def judged(report: Report, objective: Objective, phase: Phase, rate_hz: float, seed: int) -> Trial:

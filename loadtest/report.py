@@ -31,6 +31,7 @@ from loadtest.environment import Environment
 from loadtest.errors import ReportError
 from loadtest.outcomes import SERVE_REASONS, SHED_REASONS, Outcome, Outcomes
 from loadtest.search import Search
+from loadtest.surroundings import Surroundings
 from loadtest.timeline import Timeline, timeline
 from loadtest.trace import Trace
 from server.ladder import Ladder
@@ -172,6 +173,34 @@ class Live(_Model):
     client_cpu_s: float
 
 
+class Compared(_Model):
+    """Of one figure: simulated, live, and simulated less live."""
+
+    predicted: float | None
+    measured: float | None
+    difference: float | None
+
+
+class Prediction(_Model):
+    """What the simulator says of the same trace and policy (`loadtest.prediction`).
+
+    Attributes:
+        slowdown, noise, surroundings: of the simulated machine, from a probe before the run.
+        crowd_hz: answers per second in that probe.
+        p50_s, p99_s: of `latency_s`.
+    """
+
+    slowdown: float
+    noise: float
+    surroundings: Surroundings
+    crowd_hz: float
+    slo_attainment: Compared
+    effective_accuracy: Compared
+    shed_ratio: Compared
+    p50_s: Compared
+    p99_s: Compared
+
+
 class Report(Figures):
     """One run.
 
@@ -195,6 +224,7 @@ class Report(Figures):
     oracle: Oracle | None = None
     live: Live | None = None
     search: Search | None = None
+    prediction: Prediction | None = None
     unknown: dict[str, str]
     environment: Environment
 

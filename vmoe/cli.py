@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from vmoe import compare_dense_cli, fewshot_cli, train_cli, upcycle_cli
+from vmoe.analysis_cli import app as analysis
 from vmoe.checkpoint import load_checkpoint
 from vmoe.class_subset import match_classes
 from vmoe.data import FASHION_MNIST_DIRECTORY, load_images
@@ -19,6 +20,7 @@ from vmoe.operating_point import OperatingPoint, parse_point
 from vmoe.terminal import choose_device, clear_errors, console, count_progress
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train, evaluate and transfer V-MoE models.")
+app.add_typer(analysis)
 app.command("train")(train_cli.train)
 app.command("finetune")(train_cli.finetune)
 app.command("fewshot")(fewshot_cli.fewshot)

@@ -263,8 +263,10 @@ def load_config(path: Path) -> ModelConfig:
 # Sizes of the paper's table 8 and of the released files; `fashion_mnist` is the small model that we train and ship.
 _BACKBONES: dict[str, ModelConfig] = {
     "s32": ModelConfig((224, 224), (32, 32), 1000, 512, 8, 2048, 8),
+    "s16": ModelConfig((224, 224), (16, 16), 1000, 512, 8, 2048, 8),
     "b32": ModelConfig((224, 224), (32, 32), 1000, 768, 12, 3072, 12),
     "b16": ModelConfig((224, 224), (16, 16), 1000, 768, 12, 3072, 12),
+    "l32": ModelConfig((224, 224), (32, 32), 1000, 1024, 24, 4096, 16),
     "l16": ModelConfig((224, 224), (16, 16), 1000, 1024, 24, 4096, 16),
     "h14": ModelConfig((224, 224), (14, 14), 1000, 1280, 32, 5120, 16),
 }
@@ -286,6 +288,10 @@ def _variants() -> dict[str, ModelConfig]:
         place = last_layers if placement == "last2" else every_layers
         moe = MoeConfig(num_experts, place(dense.num_layers, 2))
         table[f"vmoe_{name}_{placement}_e{num_experts}"] = replace(dense, moe=moe)
+    # The largest of the paper, trained on 224 x 224 pixels (section 4.4).
+    table["vmoe_15b"] = ModelConfig(
+        (224, 224), (14, 14), 1000, 1408, 48, 6400, 16, moe=MoeConfig(32, every_layers(48, 2))
+    )
     # Fixed positions and average pooling are said to learn faster than a class token with learned positions ("Better
     # plain ViT baselines", 2205.01580). Chosen after one aborted run, not compared under one recipe.
     table["vmoe_fashion_mnist"] = ModelConfig(

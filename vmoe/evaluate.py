@@ -5,14 +5,15 @@ Axes: N images of a batch, L MoE layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vmoe.data import LabelledImages
-from vmoe.model import VisionTransformer
+from vmoe.model import ModelOutput, VisionTransformer
 from vmoe.operating_point import OperatingPoint
 from vmoe.preprocess import Preprocessing, scale_and_offset
 
@@ -32,7 +33,58 @@ class PointAccuracy:
     num_images: int
 
 
+@dataclass(frozen=True)
+class ForwardPass:
+    """What one batch answered at one operating point.
+
+    Attributes:
+        point: its index among the points.
+        indices, targets: (N,) of the images in the data.
+        correct: (N,) bool.
+    """
+
+    point: int
+    indices: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int64]
+    correct: npt.NDArray[np.bool_]
+    output: ModelOutput
+
+
 @torch.inference_mode()
+def forward_passes(
+    model: VisionTransformer,
+    data: LabelledImages,
+    preprocessing: Preprocessing,
+    points: Sequence[OperatingPoint | None],
+    order: npt.NDArray[np.int64],
+    *,
+    batch_size: int = 250,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Iterator[ForwardPass]:
+    """Every point for every batch, with statistics; images are read once.
+
+    Arguments:
+        model: in evaluation mode, on any device.
+        order: images of `data` in the order in which they form batches and routing groups; whole groups of them.
+        batch_size: images per forward pass; rounded down to whole routing groups, at least one.
+        advance: called with the number of images done, for a progress bar.
+    """
+    device = model.head.weight.device
+    scale, offset = (torch.from_numpy(a).to(device) for a in scale_and_offset(preprocessing))
+    group = 1 if model.config.moe is None else model.config.moe.group_images
+    batch_size = max(group, batch_size - batch_size % group)
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        images, targets = data.read(indices)
+        inputs = torch.from_numpy(images).to(device).float() * scale + offset
+        for index, point in enumerate(points):
+            tensors = (None, None) if point is None else model.operating_point_tensors(point, len(indices))
+            output = model(inputs, *tensors, with_statistics=True)
+            correct = output.logits.argmax(-1).cpu().numpy() == targets
+            yield ForwardPass(index, indices, targets, correct, output)
+            advance(len(indices))
+
+
 def evaluate(
     model: VisionTransformer,
     data: LabelledImages,
@@ -45,18 +97,12 @@ def evaluate(
 ) -> list[PointAccuracy]:
     """Top-1 accuracy at each operating point, over the first `limit` images (all when None).
 
-    Arguments:
-        model: in evaluation mode, on any device.
-        batch_size: images per forward pass; rounded down to whole routing groups, a rest that fills none is left out.
-        advance: called with the number of images done, for a progress bar.
+    Arguments are those of `forward_passes`; images that fill no routing group are left out.
 
     Raises:
         ValueError: there is no image, or an image does not fit the model.
     """
-    device = model.head.weight.device
-    scale, offset = (torch.from_numpy(a).to(device) for a in scale_and_offset(preprocessing))
     group = 1 if model.config.moe is None else model.config.moe.group_images
-    batch_size = max(group, batch_size - batch_size % group)
     total = len(data) if limit is None else min(limit, len(data))
     total -= total % group
     if total < 1:
@@ -65,18 +111,13 @@ def evaluate(
         )
     correct = np.zeros(len(points), dtype=np.int64)
     kept = [torch.zeros(0)] * len(points)
-    for start in range(0, total, batch_size):
-        indices = np.arange(start, min(start + batch_size, total))
-        images, targets = data.read(indices)
-        inputs = torch.from_numpy(images).to(device).float() * scale + offset
-        for index, point in enumerate(points):
-            tensors = (None, None) if point is None else model.operating_point_tensors(point, len(indices))
-            output = model(inputs, *tensors, with_statistics=True)
-            correct[index] += int((output.logits.argmax(-1).cpu().numpy() == targets).sum())
-            if output.statistics is not None:
-                batch_kept = output.statistics.kept.double().sum(0).cpu()
-                kept[index] = batch_kept if start == 0 else kept[index] + batch_kept
-            advance(len(indices))
+    for done in forward_passes(
+        model, data, preprocessing, points, np.arange(total), batch_size=batch_size, advance=advance
+    ):
+        correct[done.point] += int(done.correct.sum())
+        if done.output.statistics is not None:
+            batch_kept = done.output.statistics.kept.double().sum(0).cpu()
+            kept[done.point] = batch_kept if done.indices[0] == 0 else kept[done.point] + batch_kept
     return [
         PointAccuracy(
             point,

@@ -5,6 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """An empty figure of so many inches (width, height).
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # the class, not pyplot: no global state, no display
+    except ImportError as error:
+        raise ValueError(
+            "a plot needs matplotlib, which is part of the extra 'export': pip install 'vmoe-serving[export]'"
+        ) from error
+    return Figure(figsize=size, layout="constrained")
+
 
 Point = tuple[float, float, float]
 
@@ -32,11 +52,7 @@ def save_panels(path: Path, panels: Sequence[Panel], *, y_label: str) -> None:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # the class, not pyplot: no global state, no display
-    except ImportError as error:
-        raise ValueError("a plot needs matplotlib: pip install matplotlib, or leave --plot out") from error
-    figure = Figure(figsize=(1 + 5 * len(panels), 4), layout="constrained")
+    figure = new_figure((1 + 5 * len(panels), 4))
     every_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, panel in zip(every_axes, panels, strict=True):
         for name, points in panel.series.items():

@@ -17,6 +17,7 @@ from torch.nn import functional
 from vmoe.config import ModelConfig
 from vmoe.moe import MoeMlp, MoeOutput
 from vmoe.operating_point import OperatingPoint
+from vmoe.parallel import WHOLE, Shard
 
 LAYER_NORM_EPSILON = 1e-6  # the reference's; torch's default 1e-5 is visible in the logits (3e-5)
 
@@ -167,6 +168,7 @@ class VisionTransformer(nn.Module):
         max_selected_experts: int | None = None,
         with_statistics: bool = False,
         generator: torch.Generator | None = None,
+        shard: Shard = WHOLE,
     ) -> ModelOutput:
         """Classifies a batch; every image may carry its own operating point.
 
@@ -178,6 +180,7 @@ class VisionTransformer(nn.Module):
             max_selected_experts: an upper bound of the latter; None looks it up (a device synchronisation on a GPU).
             with_statistics: fill `ModelOutput.statistics`.
             generator: source of the router noise in training mode.
+            shard: in training, which part of the batch these images are.
 
         Raises:
             ValueError: a shape that does not fit the configuration.
@@ -201,7 +204,12 @@ class VisionTransformer(nn.Module):
                 assert num_selected_experts is not None
                 assert max_selected_experts is not None
                 layer = block.mlp(
-                    normed, slots[:, len(layers)], num_selected_experts, max_selected_experts, generator=generator
+                    normed,
+                    slots[:, len(layers)],
+                    num_selected_experts,
+                    max_selected_experts,
+                    generator=generator,
+                    shard=shard,
                 )
                 layers.append(layer)
                 tokens = tokens + layer.hidden

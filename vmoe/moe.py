@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vmoe.config import GeluApproximation, MoeConfig
+from vmoe.parallel import WHOLE, Shard
 from vmoe.routing import (
     Assignment,
     assign_experts_per_item,
@@ -114,6 +115,7 @@ class MoeMlp(nn.Module):
         num_selected_experts: Tensor,
         max_selected_experts: int,
         generator: torch.Generator | None = None,
+        shard: Shard = WHOLE,
     ) -> MoeOutput:
         """Arguments:
         tokens: (B, S, D) after LayerNorm.
@@ -121,6 +123,7 @@ class MoeMlp(nn.Module):
         num_selected_experts: (G,) int64.
         max_selected_experts: an upper bound of `num_selected_experts`, known without looking at the device.
         generator: source of the router noise in training mode; None takes torch's global one.
+        shard: in training, which part of the batch these tokens are; the noise of the whole is drawn.
         """
         batch, tokens_per_image, hidden_size = tokens.shape
         grouped = tokens.reshape(batch // self.config.group_images, -1, hidden_size)
@@ -129,9 +132,11 @@ class MoeMlp(nn.Module):
         routed_gates, auxiliary_loss = gates, logits.new_zeros(())
         if self.training:
             std = self.config.noise_std / self.config.num_experts
-            noise = torch.randn(logits.shape, generator=generator, device=logits.device) * std
+            total = len(logits) * shard.count
+            noise = torch.randn((total, *logits.shape[1:]), generator=generator, device=logits.device) * std
+            noise = noise[shard.rows(total).to(noise.device)]
             routed_gates = (logits + noise).softmax(dim=-1)
-            auxiliary_loss = self._auxiliary_loss(logits, logits + noise, std)
+            auxiliary_loss = self._auxiliary_loss(logits, logits + noise, std, shard)
         if self.config.router == "items_per_expert":
             assignment = assign_items_per_expert(routed_gates, slots)
         else:
@@ -146,14 +151,15 @@ class MoeMlp(nn.Module):
         hidden = self._serve(grouped.reshape(-1, hidden_size), assignment)
         return MoeOutput(hidden.view(batch, tokens_per_image, hidden_size), assignment, gates, auxiliary_loss)
 
-    def _auxiliary_loss(self, logits: Tensor, noisy_logits: Tensor, std: float) -> Tensor:
+    def _auxiliary_loss(self, logits: Tensor, noisy_logits: Tensor, std: float, shard: Shard) -> Tensor:
         """Weighted importance and load losses; none where experts choose, whose load is even by construction."""
         config = self.config
         if config.router == "items_per_expert":
             return logits.new_zeros(())
-        loss = config.importance_loss_weight * importance_loss(logits.softmax(dim=-1))
+        loss = config.importance_loss_weight * importance_loss(logits.softmax(dim=-1), shard)
         if std > 0:
-            loss = loss + config.load_loss_weight * load_loss(logits, noisy_logits, std, config.num_selected_experts)
+            load = load_loss(logits, noisy_logits, std, config.num_selected_experts, shard)
+            loss = loss + config.load_loss_weight * load
         return loss
 
     def _serve(self, tokens: Tensor, assignment: Assignment) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vmoe.config import Routing
+from vmoe.parallel import WHOLE, Shard
 
 
 @dataclass(frozen=True)
@@ -98,28 +99,32 @@ def assign_items_per_expert(gates: Tensor, slots: Tensor) -> Assignment:
     return Assignment(expert_index, buffer_index, gates, buffer_index < slots[:, None, None])
 
 
-def importance_loss(gates: Tensor) -> Tensor:
+def importance_loss(gates: Tensor, shard: Shard = WHOLE) -> Tensor:
     """Squared coefficient of variation of the experts' total gate (paper, appendix A.1).
 
     Arguments:
         gates: (..., E) softmax without noise. All leading axes are summed: the loss balances the batch, not each group,
             since groups of one image need not be balanced.
+        shard: the process's part of the batch.
     """
-    importance = gates.flatten(0, -2).sum(0)
+    importance = shard.sum(gates.flatten(0, -2).sum(0))
     return _squared_variation(importance)
 
 
-def load_loss(logits: Tensor, noisy_logits: Tensor, noise_std: float, num_selected_experts: int) -> Tensor:
+def load_loss(
+    logits: Tensor, noisy_logits: Tensor, noise_std: float, num_selected_experts: int, shard: Shard = WHOLE
+) -> Tensor:
     """Squared coefficient of variation of the experts' chance to be chosen under fresh noise (paper, appendix A.2).
 
     Arguments:
         logits, noisy_logits: (..., E) before and after noise.
         noise_std: standard deviation of the noise that was added.
         num_selected_experts: K; the threshold to beat is the K-th largest noisy logit.
+        shard: the process's part of the batch.
     """
     threshold = noisy_logits.topk(num_selected_experts, dim=-1).values[..., -1:]
     probability = 1 - torch.special.ndtr((threshold - logits) / noise_std)
-    return _squared_variation(probability.flatten(0, -2).mean(0))
+    return _squared_variation(shard.sum(probability.flatten(0, -2).mean(0)))  # the same for a mean and its multiples
 
 
 def _squared_variation(per_expert: Tensor) -> Tensor:

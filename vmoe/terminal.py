@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console()
 
 
-def count_progress() -> Progress:
-    """Bar with counts, remaining time and a free text field `status`."""
+def count_progress(*, disable: bool = False) -> Progress:
+    """Bar with counts, remaining time and a free text field `status`; nothing when disabled."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -22,6 +22,7 @@ def count_progress() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
         console=console,
+        disable=disable,
     )
 
 

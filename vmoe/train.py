@@ -2,7 +2,7 @@
 
 A run is a function of its configuration: data order, augmentation, router noise and operating points of a step are
 drawn from generators seeded by (seed, step), never from a state that a checkpoint would have to carry. A resumed run is
-therefore bit-identical to one that was never stopped.
+therefore bit-identical to one that was never stopped, and one of several processes differs from it by rounding alone.
 
 Axes: N images of a batch, L MoE layers.
 """
@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from vmoe.augment import augment
 from vmoe.checkpoint import Checkpoint, load_training_state, save_checkpoint
@@ -31,6 +32,7 @@ from vmoe.data import LabelledImages
 from vmoe.errors import CheckpointError
 from vmoe.model import VisionTransformer
 from vmoe.operating_point import OperatingPoint
+from vmoe.parallel import WHOLE, Shard
 from vmoe.preprocess import Preprocessing, scale_and_offset
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ class TrainConfig:
     """Everything that a run depends on besides model and data. The defaults are those of the shipped model.
 
     Attributes:
-        epochs, batch_size: length of the run and images per step.
+        epochs, batch_size: length of the run and images per step, those of all processes together.
         learning_rate: peak, reached after `warmup_steps`; decays to 0 along a cosine.
         weight_decay: AdamW's, on matrices only.
         label_smoothing: share of the target spread over all classes.
@@ -96,26 +98,34 @@ class Trainer:
         data: LabelledImages,
         preprocessing: Preprocessing,
         device: torch.device,
+        shard: Shard = WHOLE,
     ) -> None:
+        """Arguments:
+        shard: this process's part of every batch; others work on the rest at the same time.
+        """
         if len(data.labels) != model_config.num_classes:
             raise ValueError(
                 f"the data has {len(data.labels)} classes, the model num_classes {model_config.num_classes}"
             )
+        groups = config.batch_size if model_config.moe is None else config.batch_size // model_config.moe.group_images
+        shard.rows(groups)  # refuses what cannot be shared out
         self.config, self.data, self.preprocessing, self.device = config, data, preprocessing, device
+        self.shard = shard
         torch.manual_seed(config.seed)
         self.model = VisionTransformer(model_config).to(device)
+        self._forward = self.model if shard.count == 1 else DistributedDataParallel(self.model, broadcast_buffers=False)
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
-        groups: list[dict[str, Any]] = [
+        parameters: list[dict[str, Any]] = [
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
+            self.optimizer = torch.optim.SGD(parameters, lr=config.learning_rate, momentum=0.9)
         else:
-            self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+            self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
         self.steps_per_epoch = len(data) // config.batch_size
         if self.steps_per_epoch == 0:
             raise ValueError(f"batch_size {config.batch_size} is larger than the data set of {len(data)} images")
@@ -135,14 +145,20 @@ class Trainer:
         with torch.no_grad():
             inputs = torch.from_numpy(images).to(self.device).float() * self._scale + self._offset
             inputs = augment(
-                inputs, generator, flip=config.flip, shift=config.shift, scale=config.scale, erase=config.erase
+                inputs,
+                generator,
+                flip=config.flip,
+                shift=config.shift,
+                scale=config.scale,
+                erase=config.erase,
+                shard=self.shard,
             )
             labels = functional.one_hot(
                 torch.from_numpy(targets).to(self.device), self.model.config.num_classes
             ).float()
             if config.mixup > 0:
-                inputs, labels = mixup(inputs, labels, config.mixup, self.step, config.seed)
-        slots, num_selected = self._operating_points(len(images), generator)
+                inputs, labels = mixup(inputs, labels, config.mixup, self.step, config.seed, self.shard)
+        slots, num_selected = self._operating_points(config.batch_size, generator)
         noise = torch.Generator(self.device).manual_seed(generator.initial_seed())
         rate = learning_rate(self.step, self.num_steps, config)
         for group in self.optimizer.param_groups:
@@ -151,12 +167,13 @@ class Trainer:
         self.model.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast == "bfloat16"):
             moe = self.model.config.moe
-            output = self.model(
+            output = self._forward(
                 inputs,
                 slots,
                 num_selected,
                 max_selected_experts=None if moe is None else moe.num_selected_experts,
                 generator=noise,
+                shard=self.shard,
             )
         logits = output.logits.float()
         loss = functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
@@ -169,10 +186,12 @@ class Trainer:
         self._update_average()
         self.step += 1
         accuracy = (logits.argmax(-1) == labels.argmax(-1)).float().mean()
+        with torch.no_grad():
+            means = self.shard.sum(torch.stack([loss, accuracy])) / self.shard.count
         return {
-            "loss": loss.item(),
+            "loss": means[0].item(),
             "auxiliary_loss": output.auxiliary_loss.item(),
-            "train_accuracy": accuracy.item(),
+            "train_accuracy": means[1].item(),
             "learning_rate": rate,
         }
 
@@ -236,7 +255,8 @@ class Trainer:
         epoch, position = divmod(self.step, self.steps_per_epoch)
         order = np.random.default_rng([self.config.seed, epoch]).permutation(len(self.data))
         start = position * self.config.batch_size
-        return self.data.read(order[start : start + self.config.batch_size])
+        batch = order[start : start + self.config.batch_size]
+        return self.data.read(batch[self.shard.rows(self.config.batch_size).numpy()])
 
     def _operating_points(self, batch: int, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
         model_config = self.model.config
@@ -259,7 +279,8 @@ class Trainer:
         ]
         slots = torch.tensor([model_config.slots(point) for point in points]).repeat_interleave(group, 0)
         num_selected = torch.tensor([p.num_selected_experts for p in points]).repeat_interleave(group, 0)
-        return slots.to(self.device), num_selected.to(self.device)
+        rows = self.shard.rows(batch)
+        return slots[rows].to(self.device), num_selected[rows].to(self.device)
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -277,15 +298,19 @@ def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def mixup(images: Tensor, labels: Tensor, alpha: float, step: int, seed: int) -> tuple[Tensor, Tensor]:
+def mixup(
+    images: Tensor, labels: Tensor, alpha: float, step: int, seed: int, shard: Shard = WHOLE
+) -> tuple[Tensor, Tensor]:
     """Convex combination of the batch with itself in reverse order (1710.09412); one weight per image.
 
     Arguments:
         images: (N, H, W, C).
         labels: (N, classes) one-hot.
+        shard: which part of the batch the images are.
     """
-    weight = np.random.default_rng([seed, step, 1]).beta(alpha, alpha, size=len(images)).astype(np.float32)
-    mix = torch.from_numpy(weight).to(images.device)
+    total = len(images) * shard.count
+    weight = np.random.default_rng([seed, step, 1]).beta(alpha, alpha, size=total).astype(np.float32)
+    mix = torch.from_numpy(weight)[shard.rows(total)].to(images.device)
     image_mix, label_mix = mix[:, None, None, None], mix[:, None]
     return images * image_mix + images.flip(0) * (1 - image_mix), labels * label_mix + labels.flip(0) * (1 - label_mix)
 
@@ -300,13 +325,19 @@ def train(
 ) -> None:
     """Runs to the end: a line of JSON per epoch in `log.jsonl`, a checkpoint every `save_every_s` and at the end.
 
+    Of several processes the first one writes and evaluates.
+
     Arguments:
         evaluate: called with the averaged model at the end of each epoch; its values are logged.
         progress: called after every step with the step counter and the step's values.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     last_save = start = time.monotonic()
     start_step = trainer.step
+    if trainer.shard.rank > 0:
+        for _ in _steps(trainer):
+            pass
+        return
+    directory.mkdir(parents=True, exist_ok=True)
     with (directory / "log.jsonl").open("a") as log:
         for step, values in _steps(trainer):
             progress(step, values)

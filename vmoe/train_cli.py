@@ -20,6 +20,7 @@ from vmoe.evaluate import evaluate as evaluate_points
 from vmoe.finetune import FINE_TUNING, for_task
 from vmoe.model import VisionTransformer
 from vmoe.operating_point import OperatingPoint
+from vmoe.parallel import process_group
 from vmoe.preprocess import Preprocessing
 from vmoe.sources import load_source
 from vmoe.terminal import choose_autocast, choose_device, clear_errors, count_progress
@@ -81,7 +82,8 @@ def train(
 ) -> None:
     """Trains a model; the averaged weights of the run end up in OUTPUT/checkpoint."""
     logging.basicConfig(level=logging.INFO)
-    with clear_errors():
+    target = choose_device(device)
+    with clear_errors(), process_group(target) as shard:
         if config is None and variant not in VARIANTS:
             raise typer.BadParameter(f"unknown variant {variant!r}; known are {', '.join(VARIANTS)}")
         settings = TrainConfig(
@@ -98,7 +100,7 @@ def train(
         images, held_out = _load(data, preprocessing, classes)
         if classes is not None:
             model_config = replace(model_config, num_classes=len(images.labels))
-        trainer = Trainer(model_config, settings, images, preprocessing, torch.device(choose_device(device)))
+        trainer = Trainer(model_config, settings, images, preprocessing, torch.device(target), shard)
         start = None if start_from is None else load_checkpoint(start_from)
         run_with_progress(trainer, output, held_out, start=start, resume=resume, save_every_s=save_every)
 
@@ -145,7 +147,8 @@ def finetune(
 ) -> None:
     """Trains all weights of CHECKPOINT on new data; the head starts anew where the classes are other ones."""
     logging.basicConfig(level=logging.INFO)
-    with clear_errors():
+    target = choose_device(device)
+    with clear_errors(), process_group(target) as shard:
         settings = TrainConfig(
             epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup_steps=warmup_steps,
             weight_decay=weight_decay, label_smoothing=label_smoothing, mixup=mixup, average_decay=average_decay,
@@ -161,8 +164,7 @@ def finetune(
         source = load_source(checkpoint, hints, config_path=config)
         images, held_out = _load(data, source.preprocessing, classes)
         start = for_task(source, images.labels)
-        target = torch.device(choose_device(device))
-        trainer = Trainer(start.config, settings, images, start.preprocessing, target)
+        trainer = Trainer(start.config, settings, images, start.preprocessing, torch.device(target), shard)
         run_with_progress(trainer, output, held_out, start=start, resume=resume, save_every_s=save_every)
 
 
@@ -221,7 +223,7 @@ def run_with_progress(
         found = evaluate_points(model, held_out, trainer.preprocessing, points, limit=GLIMPSE)
         return {"accuracy" if each.point is None else f"accuracy_{each.point}": each.accuracy for each in found}
 
-    with count_progress() as bar:
+    with count_progress(disable=trainer.shard.rank > 0) as bar:
         task = bar.add_task("train", total=trainer.num_steps, completed=trainer.step, status="")
 
         def report(step: int, values: dict[str, float]) -> None:

@@ -12,7 +12,6 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import numpy as np
@@ -22,11 +21,10 @@ from rich.progress import track
 from rich.table import Table
 
 import server.app
-from loadtest.images import SAMPLE, Images, load_images
+from loadtest.images import Images
 from loadtest.subject import Subject
 from server.cli import main as serve
-from tests.benchmarks.live_policies import BUNDLE, CORES, POLICIES, gateway, saturate
-from vmoe.data import FASHION_MNIST_DIRECTORY
+from tests.benchmarks.live_gateway import BUNDLE, POLICIES, gateway, pin, put_policy, read_images, saturate
 
 WAYS = ("short cut", "framework")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -41,15 +39,14 @@ def turn(pid: int, url: str, images: Images) -> tuple[float, float]:
 
 def main(turns: Annotated[int, typer.Option(min=1)] = 5) -> None:
     """Measures both ways in one run."""
-    os.sched_setaffinity(0, CORES[-1:])
-    labels = Subject.load(BUNDLE).manifest.labels
-    images = load_images(FASHION_MNIST_DIRECTORY if FASHION_MNIST_DIRECTORY.is_dir() else SAMPLE, labels)
+    pin()
+    images = read_images(Subject.load(BUNDLE))
     found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
-    with TemporaryDirectory() as folder, ExitStack() as stack:
-        policy = Path(folder) / "policy.toml"
-        policy.write_text(POLICIES["fixed cheapest"])
+    with ExitStack() as stack:
         modules = {"short cut": ("server",), "framework": ("tests.benchmarks.gateway_overhead", "framework")}
-        running = {way: stack.enter_context(gateway(policy, *modules[way])) for way in WAYS}
+        running = {way: stack.enter_context(gateway("fixed", *modules[way])) for way in WAYS}
+        for url, _ in running.values():
+            put_policy(url, POLICIES["fixed cheapest"])
         for _ in track(range(turns), "measuring"):
             for way, (url, pid) in running.items():
                 found[way].append(turn(pid, url, images))

@@ -99,7 +99,7 @@ def test_table_of_the_readme_equals_the_manifest() -> None:
 
 
 def test_make_targets_and_options_of_the_readme_exist() -> None:
-    for target in set(re.findall(r"`?make (\w+)`?", README)):
+    for target in set(re.findall(r"`?make ([\w-]+)`?", README)):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
     from exporter.cli import app as exporter_app
     from vmoe.cli import app as vmoe_app

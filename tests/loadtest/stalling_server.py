@@ -19,7 +19,8 @@ SERVICE_S = 0.02
 ANSWER = (
     b'{"predictions": [{"index": 9, "label": "Ankle boot", "probability": 0.9}], "operating_point": '
     b'{"capacity_factor": 1.0, "num_selected_experts": 2, "slots": [13], "accuracy": 0.9, "relative_compute": 1.0}, '
-    b'"reason": "ceiling", "deadline_met": true, "times": {"queue_ms": 1.0, "inference_ms": 2.0}}'
+    b'"reason": "ceiling", "deadline_met": true, "times": {"queue_ms": 1.0, "inference_ms": 2.0, '
+    b'"decode_ms": 0.1, "total_ms": 3.0}}'
 )
 _REFUSAL = (b"503 Service Unavailable", b'{"code": "overloaded"}')
 _MODELS = Models(
@@ -49,7 +50,7 @@ _POLICY = PolicyBody(
         waiting_images=0, waiting_bytes=0, oldest_ms=0.0, running_batches=0, arrival_rate_hz=0.0, latency_scale=1.0
     ),
 )
-_DESCRIPTIONS = {
+DESCRIPTIONS = {
     b"/v1/models": _MODELS.model_dump_json().encode(),
     b"/v1/policy": _POLICY.model_dump_json().encode(),
 }
@@ -73,20 +74,20 @@ class _Connection(asyncio.Protocol):
         method, _, rest = head.partition(b" ")
         if found and method == b"GET":
             self._received = b""
-            self._transport.write(_http(b"200 OK", _DESCRIPTIONS[rest.partition(b" ")[0]]))
+            self._transport.write(http_reply(b"200 OK", DESCRIPTIONS[rest.partition(b" ")[0]]))
             return
         if not found or len(body) < int(head.lower().partition(b"content-length:")[2].split()[0]):
             return
         self._received = b""
         answer_s, answer = self._stall.answer_at_s()
-        self._stall.loop.call_at(answer_s, self._answer, _http(*answer))
+        self._stall.loop.call_at(answer_s, self._answer, http_reply(*answer))
 
     def _answer(self, reply: bytes) -> None:
         self._stall.answered_s.append(self._stall.loop.time())
         self._transport.write(reply)
 
 
-def _http(status: bytes, content: bytes) -> bytes:
+def http_reply(status: bytes, content: bytes) -> bytes:
     return b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(content), content)
 
 

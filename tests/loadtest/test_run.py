@@ -92,6 +92,37 @@ def test_run_when_called_as_in_the_readme_then_every_request_has_an_outcome_and_
     assert report.live.latency_from_send_s.p99 is not None
 
 
+def test_run_when_asked_to_predict_then_the_report_compares_with_the_simulator(url: str, tmp_path: Path) -> None:
+    out = tmp_path / "live.json"
+    bundle = ROOT / "model_repository" / "vmoe-fashion-mnist"
+    load = ("--arrivals", "poisson", "--rate", "10", "--duration", "1", "--warmup", "0.5", "--deadline-ms", "5000")
+    result = invoke("run", "--url", url, *load, "--predict", bundle, "--json", out)
+    assert result.exit_code == INVALID, result.output  # too short to be valid
+    assert "how well the simulator predicted" in result.output
+    report = Report.model_validate_json(out.read_text())
+    assert report.prediction is not None
+    found = report.prediction
+    assert (found.slo_attainment.measured, found.p50_s.measured) == (report.slo_attainment, report.latency_s.p50)
+    # 10 a second with 5 s each: nothing is refused or late on any machine that runs tests, live or simulated.
+    assert found.shed_ratio.predicted == found.shed_ratio.measured == 0
+    assert found.slo_attainment.difference == 0
+    assert found.crowd_hz > 0
+    assert found.surroundings.front_s > 0
+
+
+def test_run_when_the_bundle_to_predict_is_none_then_it_is_said_before_anything_is_sent(url: str) -> None:
+    load = ("--arrivals", "poisson", "--rate", "40", "--duration", "1")
+    result = invoke("run", "--url", url, *load, "--predict", "nowhere")
+    assert result.exit_code == 1
+    assert "is nowhere a bundle?" in result.output
+
+
+def test_run_when_a_closed_loop_is_to_be_predicted_then_it_is_refused(url: str) -> None:
+    result = invoke("run", "--url", url, "--closed", "2", "--duration", "1", "--predict", "nowhere")
+    assert result.exit_code == 1
+    assert "--predict compares runs of one schedule" in result.output
+
+
 def test_generate_and_simulate_when_called_as_in_the_readme_then_a_report_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +133,21 @@ def test_generate_and_simulate_when_called_as_in_the_readme_then_a_report_is_pri
     result = invoke(*replaced(readme_commands("simulate"), trace=trace))
     assert result.exit_code == 0, result.output
     assert "foresight" in result.output
+
+
+def test_compare_when_called_as_in_the_readme_then_the_page_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = tmp_path / "trace.csv"
+    assert invoke(*replaced(readme_commands("generate"), duration="2", out=trace)).exit_code == 0
+    bundle = ROOT / "model_repository" / "vmoe-fashion-mnist"
+    for policy, report in (("fixed", "before.json"), ("foresight", "after.json")):
+        arguments = ("--trace", trace, "--policy", policy, "--json", tmp_path / report)
+        assert invoke("simulate", "--bundle", bundle, *arguments).exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*readme_commands("compare"))
+    assert result.exit_code == 0, result.output
+    assert "<h2>after against before</h2>" in (tmp_path / "comparison.html").read_text()
 
 
 @pytest.mark.parametrize(
