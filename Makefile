@@ -58,6 +58,23 @@ bench-model: $(VENV)/.full
 bench-fleet: $(VENV)/.full
 	$(BIN)/python -m tests.benchmarks.fleet
 
+# Four small models (BPR, BPR at random points, vanilla, dense) and what docs/experiments says about their routing. Goes on
+# where it was stopped. One training is about 5 minutes of one undisturbed core, the sweep 3 per sparse model.
+ROUTING_RUNS := plain adaptive vanilla dense
+ROUTING_TRAIN := $(BIN)/python -m vmoe train --epochs 2 --warmup-steps 200 --average-decay 0.995 --flip 0 --shift 0.02 \
+	--scale 0.02 --erase 0 --autocast none --resume
+.PHONY: experiments-routing
+experiments-routing: $(VENV)/.full $(FASHION_MNIST)
+	$(ROUTING_TRAIN) --config docs/experiments/configs/small_bpr.json --output runs/routing/plain
+	$(ROUTING_TRAIN) --config docs/experiments/configs/small_bpr.json --output runs/routing/adaptive --adaptive 0.5
+	$(ROUTING_TRAIN) --config docs/experiments/configs/small_vanilla.json --output runs/routing/vanilla
+	$(ROUTING_TRAIN) --config docs/experiments/configs/small_dense.json --output runs/routing/dense
+	$(BIN)/python -m vmoe sweep $(ROUTING_RUNS:%=runs/routing/%/checkpoint) --limit 2000 --seeds 1 \
+		--json docs/experiments/sweep.json --markdown docs/experiments/sweep.md --plot docs/experiments/sweep.png
+	$(BIN)/python -m vmoe show-routing runs/routing/plain/checkpoint --plot docs/experiments/kept-patches.png
+	$(BIN)/python -m vmoe routing-analysis runs/routing/plain/checkpoint --limit 2000 \
+		--json docs/experiments/routing-analysis.json --plot docs/experiments/routing-analysis.png
+
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)

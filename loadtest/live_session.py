@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -33,6 +33,7 @@ class Session:
         seed: of schedules, wishes and images.
         console: for the progress bar.
         processes: that share a schedule.
+        loaded: images by class names, so that the trials of a search read and encode them once.
     """
 
     url: str
@@ -41,6 +42,7 @@ class Session:
     seed: int
     console: Console
     processes: int = 1
+    loaded: dict[tuple[str, ...], Images] = field(default_factory=dict)
 
     def run(self, trace: Trace, name: str, seed: int | None = None, predict: Path | None = None) -> Report:
         """Offers a schedule, warm-up included.
@@ -99,7 +101,9 @@ class Session:
         return last.model_copy(update={"search": search})
 
     def _load(self, labels: tuple[str, ...]) -> Images:
-        return load_images(self.images or SAMPLE, labels)
+        if labels not in self.loaded:
+            self.loaded[labels] = load_images(self.images or SAMPLE, labels)
+        return self.loaded[labels]
 
 
 def judged(report: Report, objective: Objective, phase: Phase, rate_hz: float, seed: int) -> Trial:

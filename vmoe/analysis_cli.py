@@ -28,6 +28,7 @@ from vmoe.sizes import ALL_NAMES, REPORTED_EXPERTS, markdown, named_sizes
 from vmoe.sweep import SweepPoint, SweepSettings, num_passes
 from vmoe.sweep import sweep as run_sweep
 from vmoe.sweep_figure import save_sweep_figure
+from vmoe.sweep_report import sweep_markdown
 from vmoe.terminal import choose_device, clear_errors, console, count_progress
 
 app = typer.Typer()
@@ -75,6 +76,7 @@ def sweep(
     resamples: Annotated[int, typer.Option(help="Of the bootstrap behind the intervals.")] = SWEEP.resamples,
     device: str = "auto",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    markdown_path: Annotated[Path | None, typer.Option("--markdown", help="Write tables here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot here (PNG or SVG).")] = None,
 ) -> None:
     """Accuracy against C for both queue orders, several K and group sizes, without training anything."""
@@ -102,6 +104,8 @@ def sweep(
                 "models": {name: [asdict(point) for point in points] for name, points in sweeps.items()},
             }  # fmt: skip
             json_path.write_text(json.dumps(report, indent=1))
+        if markdown_path is not None:
+            markdown_path.write_text(sweep_markdown(sweeps))
         if plot is not None:
             save_sweep_figure(plot, sweeps)
 

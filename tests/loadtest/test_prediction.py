@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from loadtest.calibration import BatchSeen, Calibration
 from loadtest.errors import LoadtestError
 from loadtest.generator import Plan
+from loadtest.html import page
 from loadtest.live_results import Terms
 from loadtest.prediction import Predictor, policy_in_force
+from loadtest.runs import Run
 from loadtest.subject import Subject
 from loadtest.surroundings import Surroundings
+from loadtest.tables import print_report
 from server.answer import describe_policy
 from server.policy_file import POLICY_NAMES, ActivePolicy, parse_policy
 from server.schemas import PolicyBody
@@ -70,6 +76,26 @@ def test_prediction_when_a_run_was_measured_then_it_is_of_the_same_requests_and_
     assert report.prediction.p50_s.measured == measured.latency_s.p50
     again = type(report).model_validate_json(report.model_dump_json())
     assert again.prediction == report.prediction
+
+
+def test_prediction_when_it_is_shown_then_table_and_page_have_every_figure(subject: Subject) -> None:
+    plan = Plan(poisson_trace(300, 2.0, 1), "trace", Terms(0.5, 5.0, 0.0, 99.0), 3)
+    measured = predictor(subject, "fixed").predict(plan)
+    report = predictor(subject).beside(measured, plan)
+    found = report.prediction
+    assert found is not None
+    console = Console(record=True, width=120, file=io.StringIO())
+    print_report(report, console)
+    table, shown = console.export_text(), page([Run("run", report)])
+    assert "how well the simulator predicted" in table
+    assert "Predicted by the simulator" in shown
+    assert "Predicted by the simulator" not in page([Run("run", measured)])
+    for each, scale, digits in ((found.slo_attainment, 100, 2), (found.p50_s, 1000, 1), (found.p99_s, 1000, 1)):
+        for value in (each.measured, each.predicted, each.difference):
+            assert value is not None
+            text = f"{scale * value:.{digits}f}"
+            assert text in table
+            assert f'<data value="{value!r}">{text}</data>' in shown
 
 
 def test_prediction_when_the_probe_saw_batches_then_the_simulated_gateway_has_learned_from_them(

@@ -57,7 +57,7 @@ def is_png(path: Path) -> bool:
 def test_sweep_writes_a_report_and_a_plot_of_sparse_and_dense_models(root: Path, tmp_path: Path) -> None:
     result = invoke(
         "sweep", root / "sparse" / "checkpoint", root / "dense" / "checkpoint", "--data", root / "data", *QUICK,
-        "--json", tmp_path / "sweep.json", "--plot", tmp_path / "sweep.png",
+        "--json", tmp_path / "sweep.json", "--plot", tmp_path / "sweep.png", "--markdown", tmp_path / "sweep.md",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "sweep.json").read_text())
@@ -67,6 +67,7 @@ def test_sweep_writes_a_report_and_a_plot_of_sparse_and_dense_models(root: Path,
     assert dense["point"] is None
     assert dense["num_images"] == 16
     assert is_png(tmp_path / "sweep.png")
+    assert "`sparse`, 2 images per group\n\n| C | bpr, K = 1 |" in (tmp_path / "sweep.md").read_text()
     assert "sparse, 2 image(s) per group, 16 images" in result.output
 
 

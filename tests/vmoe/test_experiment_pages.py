@@ -1,0 +1,51 @@
+"""The tables and pictures of docs/experiments against the reports that the commands wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vmoe.config import load_config
+
+EXPERIMENTS = Path(__file__).parents[2] / "docs" / "experiments"
+PAGES = ("priority-routing", "selected-experts", "adaptive-training", "routing-analysis")
+
+
+def test_the_table_of_routing_analysis_is_that_of_its_report() -> None:
+    page = (EXPERIMENTS / "routing-analysis.md").read_text()
+    for layer in json.loads((EXPERIMENTS / "routing-analysis.json").read_text())["layers"]:
+        least, most = 100 * min(layer["load"]), 100 * max(layer["load"])
+        row = (
+            f"| {layer['block']} | {layer['dependence']:.3f} | {layer['chance']:.3f} | {least:.1f} to {most:.1f} % "
+            f"| {100 * layer['dropped']:.1f} % | {100 * layer['unserved']:.1f} % |"
+        )
+        assert row in page
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_picture_of_a_page_exists_and_is_small(page: str) -> None:
+    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (EXPERIMENTS / f"{page}.md").read_text()):
+        assert (EXPERIMENTS / name).stat().st_size < 150_000
+        with Image.open(EXPERIMENTS / name) as picture:
+            picture.verify()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_that_a_page_points_to_exists(page: str) -> None:
+    for name in re.findall(r"[^!]\[[^]]*\]\(([^)#]+)\)", (EXPERIMENTS / f"{page}.md").read_text()):
+        assert name.startswith("https://") or (EXPERIMENTS / name).exists()
+
+
+def test_the_small_models_differ_in_nothing_but_their_routing() -> None:
+    bpr, vanilla, dense = (
+        load_config(EXPERIMENTS / "configs" / f"small_{n}.json") for n in ("bpr", "vanilla", "dense")
+    )
+    assert bpr.moe is not None
+    assert vanilla.moe is not None
+    assert (bpr.moe.routing, vanilla.moe.routing, dense.moe) == ("bpr", "vanilla", None)
+    stripped = [re.sub(r'"moe": .*', "", config.to_json(), flags=re.S) for config in (bpr, vanilla, dense)]
+    assert stripped[0] == stripped[1] == stripped[2]
