@@ -22,7 +22,7 @@ from vmoe.finetune import FINE_TUNING, for_task
 from vmoe.model import VisionTransformer
 from vmoe.operating_point import OperatingPoint
 from vmoe.parallel import process_group
-from vmoe.preprocess import Preprocessing
+from vmoe.preprocess import Preprocessing, parse_channel_values
 from vmoe.sources import load_source
 from vmoe.terminal import choose_autocast, choose_device, clear_errors, count_progress
 from vmoe.train import SAVE_EVERY_S, TrainConfig, Trainer
@@ -48,6 +48,10 @@ AdaptiveOption = Annotated[float, typer.Option(help="Share of images that get a 
 AutocastOption = Annotated[str, typer.Option(help="bfloat16, none, or auto: bfloat16 where it is fast.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there is one.")]
 ResumeOption = Annotated[bool, typer.Option(help="Continue the run in --output if it holds a checkpoint.")]
+MeanOption = Annotated[
+    str | None, typer.Option(help="Of pixels scaled to 0..1, per channel, instead of the source's: 0.485,0.456,0.406.")
+]
+StdOption = Annotated[str | None, typer.Option(help="Per channel, as --mean.")]
 SaveEveryOption = Annotated[float, typer.Option(help="Seconds between checkpoints; the last step writes one, too.")]
 
 
@@ -124,6 +128,8 @@ def finetune(
         float | None, typer.Option(help="C, instead of the checkpoint's; the reference fine-tunes with 1.5.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Configuration of a source that does not tell it.")] = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
     epochs: int = FINE_TUNING.epochs,
     batch_size: int = FINE_TUNING.batch_size,
     learning_rate: float = FINE_TUNING.learning_rate,
@@ -164,7 +170,7 @@ def finetune(
             num_selected_experts=num_selected_experts,
             capacity_factor=capacity_factor,
         )
-        source = load_source(checkpoint, hints, config_path=config)
+        source = with_statistics(load_source(checkpoint, hints, config_path=config), mean, std)
         images, held_out = _load(data, source.preprocessing, classes)
         start = for_task(source, images.labels)
         trainer = Trainer(start.config, settings, images, start.preprocessing, torch.device(target), shard)
@@ -176,6 +182,15 @@ def default_preprocessing(config: ModelConfig) -> Preprocessing:
     if config.channels == 1:
         return Preprocessing(config.image_size, 1, FASHION_MNIST_MEAN, FASHION_MNIST_STD)
     return Preprocessing(config.image_size, 3, (0.5,) * 3, (0.5,) * 3)
+
+
+def with_statistics(checkpoint: Checkpoint, mean: str | None, std: str | None) -> Checkpoint:
+    """The model with other pixel statistics, where they are given: state dicts do not tell theirs."""
+    preprocessing = checkpoint.preprocessing.overridden(
+        mean=None if mean is None else parse_channel_values(mean),
+        std=None if std is None else parse_channel_values(std),
+    )
+    return replace(checkpoint, preprocessing=preprocessing)
 
 
 def _load(data: Path, preprocessing: Preprocessing, classes: str | None) -> tuple[LabelledImages, LabelledImages]:

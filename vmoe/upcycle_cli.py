@@ -12,6 +12,7 @@ from vmoe.checkpoint import save_checkpoint
 from vmoe.config import MoeConfig
 from vmoe.sources import load_source
 from vmoe.terminal import clear_errors, console
+from vmoe.train_cli import MeanOption, StdOption, with_statistics
 from vmoe.upcycle import ROUTER_STD, parse_layers
 from vmoe.upcycle import upcycle as make_sparse
 
@@ -33,11 +34,13 @@ def upcycle(
     seed: int = 0,
     config: Annotated[Path | None, typer.Option(help="Configuration of a state dict that does not tell it.")] = None,
     image_size: Annotated[str | None, typer.Option(help="H or HxW, where it is not the model's own.")] = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
 ) -> None:
     """Makes a V-MoE of a trained dense ViT: every expert is a copy of the MLP that it replaces."""
     with clear_errors():
         hints = Hints(image_size=None if image_size is None else parse_image_size(image_size))
-        dense = load_source(checkpoint, hints, config_path=config)
+        dense = with_statistics(load_source(checkpoint, hints, config_path=config), mean, std)
         moe = MoeConfig(
             num_experts,
             parse_layers(moe_layers, dense.config.num_layers),

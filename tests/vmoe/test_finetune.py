@@ -73,8 +73,10 @@ def test_finetune_at_a_new_resolution_starts_from_interpolated_positions(root: P
 @pytest.mark.parametrize("positions", ["sincos2d", "none"])
 def test_finetune_at_a_new_resolution_computes_fixed_positions_for_it(root: Path, positions: PositionEmbedding) -> None:
     save_checkpoint(root / "source", checkpoint_of(replace(CONFIG, position_embedding=positions)))
-    assert finetune(root, *STILL, "--image-size", "16").exit_code == 0
-    model = load_checkpoint(root / "run" / "checkpoint").model()
+    assert finetune(root, *STILL, "--image-size", "16", "--mean", "0.25").exit_code == 0
+    tuned = load_checkpoint(root / "run" / "checkpoint")
+    assert (tuned.preprocessing.mean, tuned.preprocessing.std) == ((0.25,), (0.5,))
+    model = tuned.model()
     assert isinstance(model, VisionTransformer)
     assert model.config.grid == (4, 4)
     if positions == "sincos2d":
@@ -145,6 +147,7 @@ def test_finetune_into_its_own_source_is_refused_and_leaves_it_alone(root: Path)
         (("--image-size", "9"), "image_size (9, 9) is not a multiple of patch_size (4, 4)"),
         (("--num-selected-experts", "5"), "num_selected_experts must be between 1 and num_experts = 4, got 5"),
         (("--classes", "7-9"), "class 7 does not exist"),
+        (("--mean", "0.5,0.5"), "mean and std need 1 values each, got (0.5, 0.5)"),
         (("--optimizer", "lion"), "optimizer must be 'adamw' or 'sgd', got 'lion'"),
     ],
 )

@@ -21,6 +21,7 @@ from tests.vmoe.tiny import DENSE, PREPROCESSING, images_of, model_of
 from vmoe.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vmoe.config import ConfigError, MoeConfig
 from vmoe.errors import CheckpointError
+from vmoe.preprocess import Preprocessing
 from vmoe.upcycle import parse_layers, upcycle
 
 # 4 patches; 4 experts with C = E / K have a slot for every token, so that nothing is dropped.
@@ -128,10 +129,12 @@ def invoke_exporter(checkpoint: Path, *arguments: str) -> int:
 def test_upcycle_command_takes_the_state_of_a_timm_model(tmp_path: Path) -> None:
     state = timm_state(torch.Generator().manual_seed(0))
     save_file(state, tmp_path / "vit.safetensors")
-    arguments = ("--num-experts", "3", "--moe-layers", "1", "--num-selected-experts", "1", "--capacity-factor", "3")
+    arguments = ["--num-experts", "3", "--moe-layers", "1", "--num-selected-experts", "1", "--capacity-factor", "3"]
+    arguments += ["--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"]  # most of timm's models
     result = invoke("upcycle", tmp_path / "vit.safetensors", "--output", tmp_path / "sparse", *arguments)
     assert result.exit_code == 0, result.output
     loaded = load_checkpoint(tmp_path / "sparse")
+    assert loaded.preprocessing == Preprocessing((32, 32), 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     images = images_of(loaded.config, 2)
     with torch.inference_mode():
         logits = loaded.model()(images).logits
