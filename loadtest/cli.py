@@ -186,6 +186,12 @@ def run(
             raise LoadtestError("--find-max needs --arrivals and --p99-ms")
         if predict is not None and (closed is not None or find):
             raise LoadtestError("--predict compares runs of one schedule: give it with --arrivals or --trace alone")
+        if trace is None and (window is not None or (time_scale, rate_scale) != (1, 1)):
+            raise LoadtestError("--window, --time-scale and --rate-scale change a --trace, and there is none")
+        if trace is not None and (rate_hz is not None or duration_s is not None):
+            raise LoadtestError("a trace has its own rate and duration: use --rate-scale, --time-scale and --window")
+        if not find and p99_ms is not None:
+            raise LoadtestError("--p99-ms is an objective of --find-max, which is not asked for")
         if closed is not None and processes > 1:
             raise LoadtestError(f"--closed runs in one process, got --processes {processes}")
         mix = Mix.parse(budget or (), deadline_ms or ())
