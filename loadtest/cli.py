@@ -197,6 +197,12 @@ def run(
             raise LoadtestError("--find-max needs --arrivals and --p99-ms")
         if predict is not None and (closed is not None or find):
             raise LoadtestError("--predict compares runs of one schedule: give it with --arrivals or --trace alone")
+        if trace is None and (window is not None or (time_scale, rate_scale) != (1, 1)):
+            raise LoadtestError("--window, --time-scale and --rate-scale change a --trace, and there is none")
+        if trace is not None and (rate_hz is not None or duration_s is not None):
+            raise LoadtestError("a trace has its own rate and duration: use --rate-scale, --time-scale and --window")
+        if not find and p99_ms is not None:
+            raise LoadtestError("--p99-ms is an objective of --find-max, which is not asked for")
         if closed is not None and processes > 1:
             raise LoadtestError(f"--closed runs in one process, got --processes {processes}")
         mix = Mix.parse(budget or (), deadline_ms or ())
@@ -314,6 +320,7 @@ def tune_command(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Batches that run at once.")] = 1,
     max_batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the bundle's.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that simulate; the result does not depend on it.")] = 1,
     url: Annotated[str | None, typer.Option(help="Gateway at which the best few are confirmed.")] = None,
     admin_key: Annotated[str, typer.Option(envvar="VMOE_ADMIN_KEY", help="Of that gateway.")] = "",
     grace_ms: Annotated[float, typer.Option(min=0, help="As for `run`, in the confirmation.")] = 0.0,
@@ -357,6 +364,7 @@ def tune_command(
                 held_out=held_out,
                 workers=workers,
                 max_batch_size=max_batch_size,
+                jobs=jobs,
                 policy=policy,
                 out=out,
                 plot=plot,

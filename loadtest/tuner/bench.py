@@ -7,7 +7,11 @@ for searching, for the comparison of the finalists on the searched part, and for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -21,6 +25,39 @@ from loadtest.subject import Subject
 from loadtest.trace import Trace
 from server.policy_file import ActivePolicy
 from server.provenance import Expected
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One simulation."""
+
+    subject: Subject
+    active: ActivePolicy
+    trace: Trace
+    seed: int
+    workers: int
+    max_batch_size: int | None
+
+
+RunAll = Callable[[Callable[[Task], Figures], Sequence[Task]], Iterable[Figures]]
+
+
+def one_by_one(run: Callable[[Task], Figures], tasks: Sequence[Task]) -> Iterable[Figures]:
+    """In this process."""
+    return map(run, tasks)
+
+
+@contextmanager
+def side_by_side(processes: int) -> Iterator[RunAll]:
+    """In several processes. Results keep the order of the tasks, so nothing depends on their number."""
+    if processes == 1:
+        yield one_by_one
+        return
+    # Not by fork: the progress bar has a thread, and a lock that it may hold at that moment.
+    context = multiprocessing.get_context("spawn")
+    # Ctrl-C reaches all of them; what it means is decided by the first one.
+    with ProcessPoolExecutor(processes, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        yield pool.map
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,28 +75,33 @@ class Bench:
     workers: int = 1
     max_batch_size: int | None = None
 
-    def figures(self, active: ActivePolicy) -> tuple[Expected, ...]:
+    def figures(self, active: ActivePolicy, run_all: RunAll = one_by_one) -> tuple[Expected, ...]:
         """One per load."""
-        return tuple(
-            _mean(load, [self._run(active, trace, seed) for seed in self.seeds]) for load, trace in self.traces.items()
-        )
+        tasks = [
+            Task(self.subject, active, trace, seed, self.workers, self.max_batch_size)
+            for trace in self.traces.values()
+            for seed in self.seeds
+        ]
+        runs, count = list(run_all(_run, tasks)), len(self.seeds)
+        return tuple(_mean(load, runs[i * count : (i + 1) * count]) for i, load in enumerate(self.traces))
 
-    def _run(self, active: ActivePolicy, trace: Trace, seed: int) -> Figures:
-        subject = self.subject
-        machine = Machine(subject.latency(self.max_batch_size), seed=seed)
-        scheduler = subject.scheduler(active, max_batch_size=self.max_batch_size, workers=self.workers)
-        setup = Setup(
-            kind="simulated",
-            policy=PolicyUsed(name=active.config.policy, source=active.source),
-            bundle=str(subject.directory),
-            manifest_sha256=subject.manifest_sha256,
-            trace="",
-            trace_sha256=trace.sha256,
-            workers=self.workers,
-            max_batch_size=machine.latency.max_batch_size,
-            seed=seed,
-        )
-        return summarise(trace, simulate(trace, scheduler, active, machine), subject.ladder, setup)
+
+def _run(task: Task) -> Figures:
+    subject, trace = task.subject, task.trace
+    machine = Machine(subject.latency(task.max_batch_size), seed=task.seed)
+    scheduler = subject.scheduler(task.active, max_batch_size=task.max_batch_size, workers=task.workers)
+    setup = Setup(
+        kind="simulated",
+        policy=PolicyUsed(name=task.active.config.policy, source=task.active.source),
+        bundle=str(subject.directory),
+        manifest_sha256=subject.manifest_sha256,
+        trace="",
+        trace_sha256=trace.sha256,
+        workers=task.workers,
+        max_batch_size=machine.latency.max_batch_size,
+        seed=task.seed,
+    )
+    return summarise(trace, simulate(trace, scheduler, task.active, machine), subject.ladder, setup)
 
 
 def _mean(load: float, runs: Sequence[Figures]) -> Expected:

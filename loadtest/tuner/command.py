@@ -14,7 +14,7 @@ from loadtest.errors import LoadtestError, ObjectiveUnreached
 from loadtest.progress import LiveProgress
 from loadtest.public_traces import load_trace
 from loadtest.subject import Subject
-from loadtest.tuner.bench import Benches, benches
+from loadtest.tuner.bench import Benches, RunAll, benches, side_by_side
 from loadtest.tuner.confirmation import Administrator, Live, confirm
 from loadtest.tuner.front import finalist_table, print_front, write_plot
 from loadtest.tuner.objective import Objective, Verdict, judge
@@ -44,6 +44,7 @@ class Options:
     Attributes:
         policy: whose budgets are kept, as `Subject.policy` takes it.
         out: policy.toml to write; plot: HTML to write.
+        jobs: processes that simulate.
         best_effort: write the nearest where the objective is out of reach.
         command: gives the same file again.
     """
@@ -58,6 +59,7 @@ class Options:
     held_out: float
     workers: int
     max_batch_size: int | None
+    jobs: int
     policy: str | None
     out: Path
     plot: Path | None
@@ -109,7 +111,10 @@ def tune(options: Options, console: Console) -> None:
     )
     stop = Stop()
     columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with (
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+        side_by_side(options.jobs) as run_all,
+    ):
         task = progress.add_task("", total=options.trials)
 
         def show(done: int, best: Candidate) -> None:
@@ -126,9 +131,10 @@ def tune(options: Options, console: Console) -> None:
                 seed=options.seed,
                 progress=show,
                 stopped=stop,
+                run_all=run_all,
             )
         progress.update(task, description="comparing the finalists")
-        finalists = _finalists(candidates, steps, options.objective)
+        finalists = _finalists(candidates, steps, options.objective, run_all)
     if stop.asked:
         console.print(f"stopped by hand after {trials} of {options.trials} trials: going on with the best so far")
     print_front(candidates, options.objective, console)
@@ -158,15 +164,17 @@ def tune(options: Options, console: Console) -> None:
     console.print(f"{options.out}: {what}", soft_wrap=True)
 
 
-def _finalists(candidates: Sequence[Candidate], steps: Benches, objective: Objective) -> list[Finalist]:
+def _finalists(
+    candidates: Sequence[Candidate], steps: Benches, objective: Objective, run_all: RunAll
+) -> list[Finalist]:
     """The best of the search and the default, ordered by other noise, with what to expect of them."""
     chosen = sorted(candidates, key=lambda each: (each.verdict.rank, each.number))[:_FINALISTS]
     if candidates[0] not in chosen:
         chosen.append(candidates[0])
-    ranks = {each.number: judge(objective, steps.compared.figures(each.active)).rank for each in chosen}
+    ranks = {each.number: judge(objective, steps.compared.figures(each.active, run_all)).rank for each in chosen}
     finalists = []
     for each in sorted(chosen, key=lambda each: (ranks[each.number], each.number)):
-        expected = steps.held_out.figures(each.active)
+        expected = steps.held_out.figures(each.active, run_all)
         finalists.append(Finalist(each, expected, judge(objective, expected)))
     return finalists
 

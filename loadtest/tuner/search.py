@@ -1,4 +1,4 @@
-"""The search: optuna's multi-objective TPE, seeded, in one process, so that a seed gives the same trials everywhere.
+"""The search: optuna's multi-objective TPE, seeded, one trial after the other: a seed gives the same trials everywhere.
 
 It maximises the gain and minimises the 99th percentile, under the constraints of the objective. Trial 0 is the default
 policy with default parameters, then come the other policies with theirs.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import optuna
 
-from loadtest.tuner.bench import Bench
+from loadtest.tuner.bench import Bench, RunAll, one_by_one
 from loadtest.tuner.objective import Objective, Verdict, judge
 from loadtest.tuner.space import candidate, defaults, suggest
 from server.policy_file import POLICY_NAMES, ActivePolicy, PolicyConfig
@@ -42,6 +42,7 @@ def search(
     seed: int,
     progress: Callable[[int, Candidate], None],
     stopped: Callable[[], bool],
+    run_all: RunAll = one_by_one,
 ) -> tuple[list[Candidate], int]:
     """Every policy that was tried, in the order of trials, and their number; what is proposed again is not run again.
 
@@ -63,7 +64,7 @@ def search(
         trial = study.ask()
         active = candidate(suggest(trial, names), base, bench.subject, f"trial {number}")
         if active.text not in found:
-            figures = bench.figures(active)
+            figures = bench.figures(active, run_all)
             found[active.text] = Candidate(number, active, figures, judge(objective, figures))
         verdict = found[active.text].verdict
         trial.set_constraint("p99_ms", verdict.p99_ms - objective.p99_ms)

@@ -8,7 +8,7 @@ import pytest
 from loadtest.errors import LoadtestError
 from loadtest.subject import Subject
 from loadtest.trace import Trace
-from loadtest.tuner.bench import Bench, Benches, benches
+from loadtest.tuner.bench import Bench, Benches, benches, side_by_side
 
 OPTIONS: dict[str, Any] = {"seed": 3, "noise_seeds": 2, "held_out": 0.25, "workers": 1, "max_batch_size": None}
 
@@ -53,6 +53,12 @@ def test_figures_when_simulated_again_then_they_are_the_same_and_a_higher_load_i
     assert low.p99_ms < high.p99_ms
     assert low.effective_accuracy is not None
     assert 0.9 < low.effective_accuracy < 1
+
+
+def test_figures_when_simulated_side_by_side_then_they_are_those_of_one_by_one(subject: Subject, bench: Bench) -> None:
+    active = subject.policy("foresight")
+    with side_by_side(2) as run_all:
+        assert bench.figures(active, run_all) == bench.figures(active)
 
 
 def test_figures_when_nobody_can_be_served_then_latency_is_unknown_and_accuracy_nought(
