@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from loadtest import histogram
 from loadtest.environment import Environment
@@ -229,6 +229,13 @@ class Report(Figures):
     unknown: dict[str, str]
     environment: Environment
 
+    @model_validator(mode="after")
+    def _every_point_over_time(self) -> Self:
+        if self.timeline is not None and len(self.timeline.answers_by_point) != len(self.points):
+            found = len(self.timeline.answers_by_point)
+            raise ValueError(f"answers_by_point must have one list for each of {len(self.points)} points, got {found}")
+        return self
+
 
 def summarise(trace: Trace, outcomes: Outcomes, ladder: Ladder, setup: Setup, live: Live | None = None) -> Report:
     """The report of a run."""
@@ -315,7 +322,7 @@ def read_report(path: Path) -> Report:
         return Report.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = "".join(f"{part}." for part in first["loc"]).removesuffix(".") or "the whole"
         raise ReportError(f"{path} is a damaged report: {place}: {first['msg']}") from error
 
 

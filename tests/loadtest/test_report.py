@@ -171,6 +171,7 @@ def test_report_when_summarised_then_its_timeline_and_histogram_add_up_to_its_fi
             lambda content: content | {"latency_histogram": "HIST"},
             "is a damaged report: latency_histogram: Value error",
         ),
+        (lambda content: content | {"points": []}, "answers_by_point must have one list for each of 0 points, got 2"),
         (
             lambda content: content | {"timeline": content["timeline"] | {"shed": [1]}},
             "is a damaged report: timeline: Value error, shed must have a value for each of 3 bins, got 1",
