@@ -53,17 +53,23 @@ _START_LIMIT_S: Final = 60.0
 
 @contextmanager
 def gateway(policy: Path | None, model_repository: Path) -> Iterator[str]:
-    """The URL of a gateway in a process of its own, ready. One core is left for the generator.
+    """The URL of a gateway in a process of its own, ready.
+
+    Where there are several cores, one is left for the generator: one that waits for its turn sends late, and its run is
+    not valid.
 
     Raises:
         TargetError: it does not start.
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    threads = max((os.cpu_count() or 1) - 1, 1)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # Linux
+    threads = max((len(cores) or os.cpu_count() or 1) - 1, 1)
     command = [sys.executable, "-m", "server", "--port", str(port), "--threads", str(threads), "--log-level", "warning"]
     command += ["--model-repository", str(model_repository)] + ([] if policy is None else ["--policy", str(policy)])
     process = subprocess.Popen(command)
+    if len(cores) > 1:
+        os.sched_setaffinity(process.pid, cores[:-1])  # at once: threads started later inherit it
     url = f"http://127.0.0.1:{port}"
     try:
         end_s = time.monotonic() + _START_LIMIT_S

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -11,7 +12,9 @@ from rich.table import Table
 
 from loadtest.compare import Comparison, Difference
 from loadtest.report import Compared, Figures, Live, Prediction, Report
-from loadtest.search import Search
+from loadtest.search import Search, Trial
+
+SEARCH_HEAD: Final = ("trial", "rate/s", "seed", "p99 ms", "unanswered %", "eff. acc. %", "held")
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -72,17 +75,26 @@ def _signed(value: float | None, show: Callable[[float | None], str]) -> str:
 
 
 def _print_search(search: Search, console: Console) -> None:
-    table = Table("trial", "rate/s", "seed", "p99 ms", "unanswered %", "eff. acc. %", "held", box=SIMPLE)
+    table = Table(*SEARCH_HEAD, box=SIMPLE)
     for trial in search.trials:
-        cells = (milliseconds(trial.p99_s), percent(trial.unanswered), percent(trial.effective_accuracy))
-        held = "yes" if trial.held else "; ".join(trial.missed + trial.invalid)
-        table.add_row(trial.phase, f"{trial.rate_hz:,.1f}", str(trial.seed), *cells, held)
+        table.add_row(*trial_row(trial))
     console.print(table)
+    console.print(search_result(search), style="bold" if search.rate_hz is None else None)
+
+
+def trial_row(trial: Trial) -> tuple[str, ...]:
+    """Under `SEARCH_HEAD`, as text."""
+    cells = (milliseconds(trial.p99_s), percent(trial.unanswered), percent(trial.effective_accuracy))
+    held = "yes" if trial.held else "; ".join(trial.missed + trial.invalid)
+    return trial.phase, f"{trial.rate_hz:,.1f}", str(trial.seed), *cells, held
+
+
+def search_result(search: Search) -> str:
+    """The rate that was found, if one was."""
     objective = f"p99 at most {milliseconds(search.p99_s)} ms, unanswered at most {percent(search.max_shed)} %"
     if search.rate_hz is None:
-        console.print(f"[bold]no rate was confirmed[/bold]: {objective}")
-    else:
-        console.print(f"highest rate that holds: {search.rate_hz:,.1f} requests/s ({objective})")
+        return f"no rate was confirmed: {objective}"
+    return f"highest rate that holds: {search.rate_hz:,.1f} requests/s ({objective})"
 
 
 def _print_live(live: Live, console: Console) -> None:

@@ -31,3 +31,18 @@ def replaced_directory(directory: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover_directory(directory: Path) -> bool:
+    """Puts back what `replaced_directory` had set aside when the process was killed between its two renames.
+
+    Returns:
+        Whether there was something to put back.
+    """
+    if directory.exists() or not directory.parent.is_dir():
+        return False
+    set_aside = [path for path in directory.parent.glob(f".{directory.name}.old.*") if any(path.iterdir())]
+    if not set_aside:
+        return False
+    max(set_aside, key=lambda path: path.stat().st_mtime_ns).replace(directory)
+    return True

@@ -1,7 +1,8 @@
 """Checkpoints on disk: a directory with `model.safetensors`, `config.json` and, while training, the optimiser's state.
 
 Nothing here unpickles. A checkpoint is written into a temporary sibling, which then takes the old one's place: a reader
-sees the old one or the new one. A run that is killed between the two renames leaves the old one as `.checkpoint.old.*`.
+sees the old one or the new one. A run that is killed between the two renames leaves the old one as `.checkpoint.old.*`,
+from where `--resume` takes it back.
 """
 
 from __future__ import annotations

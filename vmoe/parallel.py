@@ -44,6 +44,11 @@ class Shard:
         first = torch.arange(self.rank * half, (self.rank + 1) * half)
         return torch.cat([first, (total - 1 - first).flip(0)])
 
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        if self.count > 1:
+            distributed.barrier()
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all processes, through which gradients flow."""
         return values if self.count == 1 else _Sum.apply(values, self.count)  # type: ignore[no-untyped-call]

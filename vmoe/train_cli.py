@@ -11,6 +11,7 @@ import torch
 import typer
 
 from vmoe.architecture import Hints, parse_image_size
+from vmoe.atomic_directory import recover_directory
 from vmoe.checkpoint import Checkpoint, check_parameters, load_checkpoint
 from vmoe.class_subset import choose_classes
 from vmoe.config import VARIANTS, ConfigError, ModelConfig, Routing, load_config
@@ -26,6 +27,8 @@ from vmoe.sources import load_source
 from vmoe.terminal import choose_autocast, choose_device, clear_errors, count_progress
 from vmoe.train import SAVE_EVERY_S, TrainConfig, Trainer
 from vmoe.train import train as run_training
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS = TrainConfig()
 GLIMPSE = 2000  # test images looked at after each epoch: a full pass would take a tenth of the run
@@ -207,6 +210,9 @@ def run_with_progress(
         CheckpointError: `output` holds a checkpoint and the run is not to continue it; or `start` is another model.
     """
     checkpoint = output / "checkpoint"
+    if trainer.shard.rank == 0 and recover_directory(checkpoint):
+        logger.warning("%s was put back: the last run was killed while it replaced it", checkpoint)
+    trainer.shard.wait()
     if checkpoint.exists() and not resume:
         raise CheckpointError(f"{checkpoint} exists: --resume continues its run, another --output leaves it alone")
     if checkpoint.exists():

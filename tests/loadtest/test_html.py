@@ -13,10 +13,23 @@ import pytest
 from loadtest.arrivals import on_off
 from loadtest.errors import ReportError
 from loadtest.html import page
-from loadtest.report import LatencyQuantiles, Live, Oracle, PolicyUsed, Report, Setup, oracle_report, summarise
+from loadtest.report import (
+    Compared,
+    LatencyQuantiles,
+    Live,
+    Oracle,
+    PolicyUsed,
+    Prediction,
+    Report,
+    Setup,
+    oracle_report,
+    summarise,
+)
 from loadtest.runs import Run, read_runs
+from loadtest.search import Search, Trial
 from loadtest.simulator import Machine, simulate
 from loadtest.subject import Subject
+from loadtest.surroundings import Surroundings
 from loadtest.trace import Trace
 
 EVIL = '"><script>document.title = "hacked"</script><img src=x onerror=alert(1)>'
@@ -158,6 +171,44 @@ def test_page_when_a_live_run_is_not_valid_then_the_banner_gives_the_reasons(
     assert re.search(r'banner invalid">NOT VALID[^<]*<ul><li>the generator fell behind</li>', invalid)
     assert 'banner valid">a valid live run' in page([Run("a", report.model_copy(update={"live": live()}))])
     assert 'banner neutral">simulated' in page([Run("a", report)])
+
+
+def test_page_when_there_is_a_prediction_or_a_search_then_it_has_a_table_of_each(
+    simulated: Callable[[str], Report],
+) -> None:
+    compared = Compared(predicted=0.95, measured=0.9, difference=0.05)
+    prediction = Prediction(
+        slowdown=1.0,
+        noise=1.0,
+        surroundings=Surroundings(),
+        crowd_hz=500.0,
+        slo_attainment=compared,
+        effective_accuracy=compared,
+        shed_ratio=compared,
+        p50_s=compared,
+        p99_s=compared,
+    )
+    trial = Trial(
+        phase="doubling",
+        rate_hz=123.0,
+        seed=7,
+        offered=1000,
+        p99_s=0.05,
+        unanswered=0.0,
+        effective_accuracy=0.9,
+        missed=[EVIL],
+        invalid=[],
+    )
+    search = Search(rate_hz=None, p99_s=0.1, max_shed=0.001, trials=[trial])
+    report = simulated("foresight").model_copy(update={"prediction": prediction, "search": search})
+    text = page([Run("a", report)])
+    assert re.search(
+        r"<h2>Predicted by the simulator</h2>.*?>90.00</data></td><td>.*?>95.00</data></td><td>.*?>5.00</data></td>",
+        text,
+    )
+    assert re.search(r"<h2>Search of the highest rate</h2>.*?<td>123.0</td><td>7</td><td>50.0</td>", text)
+    assert "no rate was confirmed: p99 at most 100.0 ms" in text
+    assert Outline(text).tags.isdisjoint({"script", "img"})
 
 
 def test_page_when_the_report_is_the_oracles_or_empty_then_it_has_no_plots_and_says_what_is_unknown(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,6 +149,19 @@ def test_train_into_the_directory_of_another_run_is_refused_and_leaves_it_alone(
     before = load_checkpoint(root / "run" / "checkpoint").state
     message = refused(train(root, "--seed", "7"))
     assert "exists: --resume continues its run, another --output leaves it alone" in message
+    assert_same_state(load_checkpoint(root / "run" / "checkpoint").state, before)
+
+
+def test_train_killed_while_it_replaced_its_checkpoint_resumes_from_the_old_one(root: Path, trained: Path) -> None:
+    # What SIGKILL between the two renames of a save leaves: the old checkpoint set aside, the new one unnamed.
+    shutil.copytree(trained / "run", root / "run")
+    (root / "run" / "checkpoint").rename(root / "run" / ".checkpoint.old.x1")
+    (root / "run" / ".checkpoint.x2").mkdir()
+    log = (root / "run" / "log.jsonl").read_text()
+    result = train(root, "--resume")
+    assert result.exit_code == 0, result.output
+    assert (root / "run" / "log.jsonl").read_text() == log  # the run was finished: nothing was trained again
+    before = load_checkpoint(trained / "run" / "checkpoint").state
     assert_same_state(load_checkpoint(root / "run" / "checkpoint").state, before)
 
 
