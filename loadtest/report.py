@@ -115,7 +115,7 @@ class Setup(_Model):
         bundle: directory, or URL and name of the model; manifest_sha256: of its manifest.
         workers, max_batch_size, manifest_sha256: null in a live run, the gateway does not tell.
         trace: file or description; trace_sha256: of its content.
-        seed: of the simulated noise, or of the live schedule; noise, slowdown: of the simulated machine.
+        seed: of the simulated noise, or of the live schedule; noise, slowdown, surroundings: of the simulated machine.
     """
 
     kind: Literal["simulated", "live"]
@@ -129,6 +129,7 @@ class Setup(_Model):
     seed: int | None = None
     noise: float | None = None
     slowdown: float | None = None
+    surroundings: Surroundings | None = None
 
 
 class Live(_Model):
@@ -217,7 +218,7 @@ class Report(Figures):
     budgets: dict[str, Figures]
     points: list[PointShare]
     timeline: Timeline | None
-    latency_histogram: str
+    latency_histogram: histogram.Encoded
     mean_batch_size: float | None
     decisions: int
     mean_decision_s: float | None
