@@ -218,7 +218,7 @@ class Report(Figures):
     budgets: dict[str, Figures]
     points: list[PointShare]
     timeline: Timeline | None
-    latency_histogram: str
+    latency_histogram: histogram.Encoded
     mean_batch_size: float | None
     decisions: int
     mean_decision_s: float | None
