@@ -15,7 +15,8 @@ own metric, so it does not depend on who else runs. With N answers in B batches 
     contention  T = B batch_s + slowdown * (profiled time of all batches) + contention * (all other work beside them)
 
 A contention outside 0 to 1 has no meaning here; it is cut, and the slowdown then closes the account of the crowd. So a
-saturated gateway is as fast simulated as it was measured, and a lonely request takes as long.
+saturated gateway is as fast simulated as it was measured, and a lonely request takes as long; unless the crowd shows a
+machine so much slower that no way is left to take from.
 """
 
 from __future__ import annotations
@@ -140,8 +141,7 @@ def calibrate(found: Probe, subject: Subject, max_batch_size: int) -> Calibratio
     rungs = Counter(_rung(reply, subject) for reply, _, _ in alone)
     (rung, _), *_ = rungs.most_common(1)
     alone_s = np.array([reply.inference_s for reply, _, _ in alone if _rung(reply, subject) == rung])
-    inference_s = float(np.median(alone_s))
-    slowdown = inference_s / latency.uniform_s(rung, 1)
+    slowdown = float(np.median(alone_s)) / latency.uniform_s(rung, 1)
     low, high = np.quantile(np.log(alone_s), (0.25, 0.75))
     noise = float(high - low) / _QUARTILES / latency.sigma[1]
     decode_s = float(np.median([reply.decode_s for reply, _, _ in alone]))
@@ -157,15 +157,17 @@ def calibrate(found: Probe, subject: Subject, max_batch_size: int) -> Calibratio
     front_s = min(refusal_s / 2, request_s)
     answer_s = request_s - front_s
     loop_s = front_s + decode_s + batch_s + answer_s
-    way_s = max(float(np.median([seconds for _, seconds, _ in alone])) - inference_s - loop_s, 0.0)
     # Together.
     profiled_s = sum(latency.predict_s(batch.rungs) for batch in batches)
     busy_s = found.crowd.elapsed_s - len(batches) * batch_s
     beside_s = len(crowd) * (request_s + decode_s)
     contention = min(max((busy_s - slowdown * profiled_s) / beside_s, 0.0), 1.0)
+    slowdown = max((busy_s - contention * beside_s) / profiled_s, slowdown / 2)
+    alone_latency_s = float(np.median([seconds for _, seconds, _ in alone]))
+    way_s = max(alone_latency_s - slowdown * latency.uniform_s(rung, 1) - loop_s, 0.0)
     return Calibration(
         Surroundings(front_s, decode_s, batch_s, answer_s, refusal_s - front_s, way_s, contention),
-        slowdown=max((busy_s - contention * beside_s) / profiled_s, slowdown / 2),
+        slowdown=slowdown,
         noise=noise,
         crowd_hz=len(crowd) / found.crowd.elapsed_s,
         batches=batches,

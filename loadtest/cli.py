@@ -18,7 +18,7 @@ from loadtest.errors import LoadtestError, TraceError
 from loadtest.html import write_page
 from loadtest.oracle import oracle
 from loadtest.public_traces import load_trace
-from loadtest.report import PolicyUsed, Report, Setup, oracle_report, summarise
+from loadtest.report import PolicyUsed, Report, Setup, oracle_report, read_report, summarise
 from loadtest.rescale import Rescaling
 from loadtest.runs import Run, read_runs
 from loadtest.schedule import Kind, Mix, draw
@@ -70,6 +70,10 @@ def simulate_command(
     slowdown: Annotated[float, typer.Option(help="True latency over the profile's.")] = 1.0,
     slow_from_s: Annotated[float, typer.Option("--slow-from", help="Second from which it is slow.")] = 0.0,
     slow_until_s: Annotated[float, typer.Option("--slow-until", help="Second until which it is slow.")] = math.inf,
+    measured: Annotated[
+        Path | None,
+        typer.Option("--machine", help="Report of `run --predict`: its machine, in place of --noise and --slowdown."),
+    ] = None,
     window: Window = None,
     time_scale: TimeScale = 1.0,
     rate_scale: RateScale = 1.0,
@@ -81,7 +85,13 @@ def simulate_command(
         subject = Subject.load(bundle)
         active = subject.policy(None if policy == ORACLE else policy)
         name, requests = _replayed(trace, Rescaling.parse(window, time_scale, rate_scale), Mix(), seed, active.budgets)
-        machine = Machine(subject.latency(max_batch_size), noise, slowdown, slow_from_s, slow_until_s, seed)
+        surroundings = None
+        if measured is not None:
+            if (found := read_report(measured).prediction) is None:
+                raise LoadtestError(f"{measured} says nothing of a machine to simulate: make it with `run --predict`")
+            noise, slowdown, surroundings = found.noise, found.slowdown, found.surroundings
+        latency = subject.latency(max_batch_size)
+        machine = Machine(latency, noise, slowdown, slow_from_s, slow_until_s, seed, surroundings)
         bounding = policy == ORACLE
         setup = Setup(
             kind="simulated",
@@ -97,6 +107,7 @@ def simulate_command(
             seed=seed,
             noise=noise,
             slowdown=slowdown,
+            surroundings=surroundings,
         )
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(setup.policy.name, total=len(requests))
@@ -186,6 +197,12 @@ def run(
             raise LoadtestError("--find-max needs --arrivals and --p99-ms")
         if predict is not None and (closed is not None or find):
             raise LoadtestError("--predict compares runs of one schedule: give it with --arrivals or --trace alone")
+        if trace is None and (window is not None or (time_scale, rate_scale) != (1, 1)):
+            raise LoadtestError("--window, --time-scale and --rate-scale change a --trace, and there is none")
+        if trace is not None and (rate_hz is not None or duration_s is not None):
+            raise LoadtestError("a trace has its own rate and duration: use --rate-scale, --time-scale and --window")
+        if not find and p99_ms is not None:
+            raise LoadtestError("--p99-ms is an objective of --find-max, which is not asked for")
         if closed is not None and processes > 1:
             raise LoadtestError(f"--closed runs in one process, got --processes {processes}")
         mix = Mix.parse(budget or (), deadline_ms or ())

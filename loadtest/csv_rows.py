@@ -22,8 +22,14 @@ _LONGEST_LINE: Final = 1 << 16  # chosen, not tuned: a file without line ends mu
 class Row:
     """One line of a file, and how to complain about it."""
 
-    place: str
+    path: Path
+    line: int
     cells: dict[str, str]
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        return f"{self.path}, line {self.line}"
 
     def text(self, column: str) -> str:
         """Empty where there is no such column."""
@@ -69,13 +75,13 @@ class CsvRows:
         for cells in self._reader:
             if not cells:
                 continue
-            place = f"{self._path}, line {self._reader.line_num}"
+            row = Row(self._path, self._reader.line_num, dict(zip(self.header, cells, strict=False)))
             if len(cells) != len(self.header):
-                raise TraceError(f"{place}: {len(cells)} cells under a header of {len(self.header)}")
+                raise TraceError(f"{row.place}: {len(cells)} cells under a header of {len(self.header)}")
             count += 1
             if count > self._most:
-                raise TraceError(f"{place}: a trace may have {self._most:,} requests; cut the file")
-            yield Row(place, dict(zip(self.header, cells, strict=True)))
+                raise TraceError(f"{row.place}: a trace may have {self._most:,} requests; cut the file")
+            yield row
 
     def _lines(self, file: TextIO) -> Iterator[str]:
         number = 0

@@ -6,11 +6,14 @@ without loss, so those of the bins of a timeline can be resampled and summed, wh
 
 from __future__ import annotations
 
-from typing import Final
+import zlib
+from typing import Annotated, Final
 
 import numpy as np
 import numpy.typing as npt
+from hdrh.codec import HdrCookieException, HdrHistogramSettingsException, HdrLengthException
 from hdrh.histogram import HdrHistogram
+from pydantic import AfterValidator
 
 _LARGEST_US: Final = 3_600_000_000
 _DIGITS: Final = 3
@@ -33,10 +36,31 @@ def encode(latency_s: Floats) -> str:
 
 
 def decode(text: str) -> tuple[Floats, Ints]:
-    """(V,) ascending values in seconds, the middle of what HdrHistogram cannot tell apart, and (V,) counts above 0."""
-    histogram = HdrHistogram.decode(text.encode("ascii"))
+    """(V,) ascending values in seconds, the middle of what HdrHistogram cannot tell apart, and (V,) counts above 0.
+
+    Raises:
+        ValueError: the text is no histogram of these digits and this range.
+    """
+    try:
+        histogram = HdrHistogram.decode(text.encode("ascii"))
+    except (HdrCookieException, HdrLengthException, HdrHistogramSettingsException, ValueError, zlib.error) as error:
+        raise ValueError(f"not an HdrHistogram in base64: {text[:20]!r}") from error
+    found = histogram.significant_figures, histogram.highest_trackable_value
+    if found != (_DIGITS, _LARGEST_US):
+        raise ValueError(
+            f"an HdrHistogram must have {_DIGITS} digits up to {_LARGEST_US} us, got {found[0]} to {found[1]}"
+        )
     counts = np.ctypeslib.as_array(histogram.counts)
     places = np.nonzero(counts)[0]
     lowest_us = [histogram.get_value_from_index(place) for place in places.tolist()]
     value_us = [(low + histogram.get_highest_equivalent_value(low)) / 2 for low in lowest_us]
     return np.array(value_us, np.float64) / 1e6, counts[places].astype(np.int64)
+
+
+def _checked(text: str) -> str:
+    decode(text)
+    return text
+
+
+Encoded = Annotated[str, AfterValidator(_checked)]
+"""What `encode` returns, as a field of a report."""

@@ -93,6 +93,7 @@ class Predictor:
             seed=plan.seed,
             noise=calibration.noise,
             slowdown=calibration.slowdown,
+            surroundings=calibration.surroundings,
         )
         return summarise(trace.part(keep, warmup_s), outcomes.part(keep), self.subject.ladder, setup)
 

@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from loadtest import histogram
 from loadtest.environment import Environment
@@ -115,7 +115,7 @@ class Setup(_Model):
         bundle: directory, or URL and name of the model; manifest_sha256: of its manifest.
         workers, max_batch_size, manifest_sha256: null in a live run, the gateway does not tell.
         trace: file or description; trace_sha256: of its content.
-        seed: of the simulated noise, or of the live schedule; noise, slowdown: of the simulated machine.
+        seed: of the simulated noise, or of the live schedule; noise, slowdown, surroundings: of the simulated machine.
     """
 
     kind: Literal["simulated", "live"]
@@ -129,6 +129,7 @@ class Setup(_Model):
     seed: int | None = None
     noise: float | None = None
     slowdown: float | None = None
+    surroundings: Surroundings | None = None
 
 
 class Live(_Model):
@@ -217,7 +218,7 @@ class Report(Figures):
     budgets: dict[str, Figures]
     points: list[PointShare]
     timeline: Timeline | None
-    latency_histogram: str
+    latency_histogram: histogram.Encoded
     mean_batch_size: float | None
     decisions: int
     mean_decision_s: float | None
@@ -227,6 +228,13 @@ class Report(Figures):
     prediction: Prediction | None = None
     unknown: dict[str, str]
     environment: Environment
+
+    @model_validator(mode="after")
+    def _every_point_over_time(self) -> Self:
+        if self.timeline is not None and len(self.timeline.answers_by_point) != len(self.points):
+            found = len(self.timeline.answers_by_point)
+            raise ValueError(f"answers_by_point must have one list for each of {len(self.points)} points, got {found}")
+        return self
 
 
 def summarise(trace: Trace, outcomes: Outcomes, ladder: Ladder, setup: Setup, live: Live | None = None) -> Report:
@@ -314,7 +322,7 @@ def read_report(path: Path) -> Report:
         return Report.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = "".join(f"{part}." for part in first["loc"]).removesuffix(".") or "the whole"
         raise ReportError(f"{path} is a damaged report: {place}: {first['msg']}") from error
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loadtest import histogram
 from loadtest.outcomes import Outcome, Outcomes
@@ -46,7 +46,7 @@ class Timeline(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bin_s: float
+    bin_s: float = Field(gt=0)
     offered: list[int]
     answered: list[int]
     finished: list[int]
@@ -66,7 +66,16 @@ class Timeline(BaseModel):
     inference_s: list[float | None]
     latency_p50_s: list[float | None]
     latency_p99_s: list[float | None]
-    latency_histogram: list[str]
+    latency_histogram: list[histogram.Encoded]
+
+    @model_validator(mode="after")
+    def _equally_long(self) -> Self:
+        for name, value in self:
+            rows = [] if name == "bin_s" else value if name == "answers_by_point" else [value]
+            for row in rows:
+                if len(row) != len(self.offered):
+                    raise ValueError(f"{name} must have a value for each of {len(self.offered)} bins, got {len(row)}")
+        return self
 
     def __len__(self) -> int:
         return len(self.offered)

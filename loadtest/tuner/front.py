@@ -65,11 +65,12 @@ def write_plot(path: Path, candidates: Sequence[Candidate], objective: Objective
     for index, load in enumerate(figures.load for figures in candidates[0].figures):
         colour = _COLOURS[index % len(_COLOURS)]
         for chosen, name in ((False, "tried"), (True, "front")):
-            points = [each for each in candidates if (each.number in on_front) == chosen]
+            points = [(each.figures[index], each) for each in candidates if (each.number in on_front) == chosen]
+            points.sort(key=lambda point: point[0].p99_ms or 0.0)
             figure.add_scatter(
-                x=[each.figures[index].p99_ms for each in points],
-                y=[getattr(each.figures[index], objective.goal) for each in points],
-                text=[f"trial {each.number}: {describe(each)}" for each in points],
+                x=[figures.p99_ms for figures, _ in points],
+                y=[getattr(figures, objective.goal) for figures, _ in points],
+                text=[f"trial {each.number}: {describe(each)}" for _, each in points],
                 mode="lines+markers" if chosen else "markers",
                 name=f"load {load:g}, {name}",
                 legendgroup=f"{load:g}",

@@ -25,6 +25,7 @@ from loadtest.calibration import Calibration
 from loadtest.generator import Plan
 from loadtest.report import Report
 from loadtest.subject import Subject
+from loadtest.validity import MAX_SEND_LAG_S
 from tests.benchmarks.live_gateway import (
     BUNDLE,
     OUT,
@@ -166,12 +167,14 @@ def markdown(runs: Sequence[Run]) -> str:
     in_bounds = [
         sum(abs(each) <= bound for each in found) for found, bound in ((attainments, MAX_ATTAINMENT), (p50s, MAX_P50))
     ]
+    kept_up = [run for run in runs if run.send_lag_p99_s <= MAX_SEND_LAG_S]
     parts.append(
         f"Of {len(runs)} runs {sum(run.agrees for run in runs)} agree: attainment within {100 * MAX_ATTAINMENT:g} "
         f"points and p50 within {100 * MAX_P50:g} %. Attainment is within its bound in {in_bounds[0]}, p50 in "
         f"{in_bounds[1]}. On average predictions of attainment are {100 * np.mean(attainments):+.1f} points off, of "
         f"p50 {100 * np.mean(p50s):+.0f} %; the median of absolute differences is "
-        f"{100 * np.median(np.abs(attainments)):.1f} points and {100 * np.median(np.abs(p50s)):.0f} %.\n"
+        f"{100 * np.median(np.abs(attainments)):.1f} points and {100 * np.median(np.abs(p50s)):.0f} %. Of the "
+        f"{len(kept_up)} runs in which the generator kept up {sum(run.agrees for run in kept_up)} agree.\n"
     )
     return "".join(parts)
 

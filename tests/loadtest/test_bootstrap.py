@@ -26,21 +26,23 @@ def correlated(bins: int, correlation: float, spread: float, generator: np.rando
 
 
 class Runs:
-    """Two runs of 60 bins whose shares of answers in time are 0.80 and 0.77 on average.
+    """Two runs whose shares of answers in time are 0.80 and 0.77 on average.
 
     Arguments:
         paired: one trace: what it does to a bin it does to both.
+        correlation: of a bin with the next one.
     """
 
-    bins, truth = 60, -0.03
+    truth = -0.03
 
-    def __init__(self, seed: int, *, paired: bool) -> None:
+    def __init__(self, seed: int, *, paired: bool, bins: int = 60, correlation: float = 0.4) -> None:
+        self.bins = bins
         self.generator = generator = np.random.default_rng([seed, paired])
-        self.offered = generator.poisson(200, self.bins)
-        others = self.offered if paired else generator.poisson(200, self.bins)
-        shared = correlated(self.bins, 0.4, 0.05, generator)
-        own = correlated(self.bins, 0.4, 0.02, generator) + shared if paired else None
-        other = correlated(self.bins, 0.4, 0.05, generator) if own is None else own
+        self.offered = generator.poisson(200, bins)
+        others = self.offered if paired else generator.poisson(200, bins)
+        shared = correlated(bins, correlation, 0.05, generator)
+        own = correlated(bins, correlation, 0.02, generator) + shared if paired else None
+        other = correlated(bins, correlation, 0.05, generator) if own is None else own
         self.first = generator.binomial(self.offered, np.clip(0.80 + shared, 0, 1))
         self.second = generator.binomial(others, np.clip(0.77 + other, 0, 1))
         self.others = others

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.core import TyperGroup
 from typer.testing import CliRunner, Result
 
 from exporter.bundle import Bundle, write_manifest
@@ -198,3 +200,13 @@ def test_loadtest_when_imported_then_torch_and_matplotlib_are_not() -> None:
     # In a process of its own: other tests of this one import them.
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["run", "generate", "convert"])
+def test_docs_when_a_command_has_an_option_then_it_is_described(command: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "loadtest.md").read_text()
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    options = [name for each in group.commands[command].params for name in each.opts if name.startswith("--")]
+    assert len(options) > 5
+    assert [name for name in options if f"`{name}" not in text and f" {name}" not in text] == []

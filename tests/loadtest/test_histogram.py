@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+
 import numpy as np
 import pytest
 from hdrh.histogram import HdrHistogram
@@ -29,3 +31,18 @@ def test_histogram_when_latencies_are_unknown_or_out_of_range_then_they_are_left
     assert counts.tolist() == [1, 1]
     assert values_s == pytest.approx([1e-6, 3600], rel=1e-3)
     assert histogram.decode(histogram.encode(np.zeros(0)))[1].sum() == 0
+
+
+GOOD = histogram.encode(np.array([0.1, 0.2]))
+OTHER = HdrHistogram(1, 1000, 2).encode().decode()
+
+
+@pytest.mark.parametrize("text", ["", "abc", "HIST" * 10, GOOD[:20], base64.b64encode(b"1" * 40).decode(), "hé"])
+def test_histogram_when_the_text_is_none_then_the_error_shows_it(text: str) -> None:
+    with pytest.raises(ValueError, match="not an HdrHistogram in base64"):
+        histogram.decode(text)
+
+
+def test_histogram_when_it_has_another_range_then_the_error_says_which() -> None:
+    with pytest.raises(ValueError, match=r"must have 3 digits up to 3600000000 us, got 2 to 1000"):
+        histogram.decode(OTHER)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 from rich.console import Console
 
 from loadtest.client import Answered, Expired, Failed, PointUsed, Reply, Shed
 from loadtest.live_results import Terms, live_report
+from loadtest.outcomes import Outcomes
 from loadtest.progress import LiveProgress
-from loadtest.recorder import Recorder
+from loadtest.recorder import Record, Recorder, interleaved
 from loadtest.report import Report, Setup
 from loadtest.trace import Trace
 
@@ -19,7 +22,7 @@ DEADLINE_S = 0.1
 
 
 def answer(point: PointUsed = FULL, index: int = 0) -> Reply:
-    return Answered(point, index, "ceiling", True, 0.001, 0.002)
+    return Answered(point, index, "ceiling", True, queue_s=0.001, inference_s=0.002, decode_s=0.0005, total_s=0.004)
 
 
 def noted(arrival_s: np.ndarray, latency_s: np.ndarray, replies: list[Reply], labels: list[int]) -> Recorder:
@@ -82,6 +85,25 @@ def test_live_report_when_some_were_not_sent_then_they_do_not_count(setup: Setup
     assert found.live.failures == {"timeout": 1}
     # Who waits in vain waits at least the deadline.
     assert found.latency_s.p50 == DEADLINE_S
+
+
+def test_interleaved_when_processes_met_points_in_another_order_then_every_row_keeps_its_own() -> None:
+    arrival_s = np.arange(5) / 100
+    replies = [answer(FULL), answer(CHEAP), Failed("timeout"), Shed("share"), answer(CHEAP, 1)]
+    latency_s = np.array([0.01, 0.02, 0.03, 0.0, 0.5])
+    labels = [0, -1, 0, 0, 1]
+    parts = [noted(arrival_s[r::2], latency_s[r::2], replies[r::2], labels[r::2]) for r in range(2)]
+    both = interleaved([part.record(7.0, 1.5, interrupted=r == 1) for r, part in enumerate(parts)])
+    one = noted(arrival_s, latency_s, replies, labels).record(7.0, 3.0, interrupted=True)
+    for each in fields(Record):
+        if each.name not in ("outcomes", "points"):
+            assert np.array_equal(getattr(both, each.name), getattr(one, each.name), equal_nan=each.name.endswith("_s"))
+    for each in fields(Outcomes):
+        if each.name != "rung":
+            column, expected = getattr(both.outcomes, each.name), getattr(one.outcomes, each.name)
+            assert np.array_equal(column, expected, equal_nan=each.name.endswith("_s")), each.name
+    met = [None if rung < 0 else both.points[rung] for rung in both.outcomes.rung]
+    assert met == [FULL, CHEAP, None, None, CHEAP]
 
 
 def test_progress_when_requests_ended_then_rate_p99_shed_and_both_accuracies_are_shown() -> None:

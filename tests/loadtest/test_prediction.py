@@ -1,24 +1,29 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from loadtest.calibration import BatchSeen, Calibration
+from loadtest.cli import app
 from loadtest.errors import LoadtestError
 from loadtest.generator import Plan
 from loadtest.html import page
 from loadtest.live_results import Terms
 from loadtest.prediction import Predictor, policy_in_force
+from loadtest.report import Report, read_report
 from loadtest.runs import Run
 from loadtest.subject import Subject
 from loadtest.surroundings import Surroundings
 from loadtest.tables import print_report
+from loadtest.trace import write_trace
 from server.answer import describe_policy
 from server.policy_file import POLICY_NAMES, ActivePolicy, parse_policy
 from server.schemas import PolicyBody
-from tests.loadtest.conftest import poisson_trace
+from tests.loadtest.conftest import SHIPPED, poisson_trace
 
 SIZE = 16
 
@@ -96,6 +101,39 @@ def test_prediction_when_it_is_shown_then_table_and_page_have_every_figure(subje
             text = f"{scale * value:.{digits}f}"
             assert text in table
             assert f'<data value="{value!r}">{text}</data>' in shown
+
+
+def test_simulate_when_given_the_machine_of_a_report_then_it_has_the_costs_that_were_found(
+    subject: Subject, tmp_path: Path
+) -> None:
+    trace = poisson_trace(450, 2.0, 1)
+    write_trace(tmp_path / "trace.csv", trace)
+    plan = Plan(trace, "trace", Terms(0.0, 5.0, 0.0, 99.0), 3)
+    measured = predictor(subject).predict(plan)
+    reports = {"run": predictor(subject).beside(measured, plan), "bare": measured}
+    for name, report in reports.items():
+        (tmp_path / f"{name}.json").write_text(report.model_dump_json())
+
+    def simulated(*options: str) -> Report:
+        out = tmp_path / "out.json"
+        command = ["simulate", "--bundle", str(SHIPPED), "--trace", str(tmp_path / "trace.csv"), "--json", str(out)]
+        result = CliRunner().invoke(app, [*command, *options])
+        assert result.exit_code == 0, result.output
+        return read_report(out)
+
+    found = reports["run"].prediction
+    assert found is not None
+    with_costs = simulated("--machine", str(tmp_path / "run.json"))
+    assert (with_costs.setup.surroundings, with_costs.setup.slowdown) == (found.surroundings, found.slowdown)
+    without = simulated("--slowdown", str(found.slowdown))
+    assert with_costs.latency_s.p50 is not None
+    assert without.latency_s.p50 is not None
+    # At least the way and one request's work, 0.8 ms.
+    assert with_costs.latency_s.p50 > without.latency_s.p50 + 0.0008
+    command = ["simulate", "--bundle", str(SHIPPED), "--trace", str(tmp_path / "trace.csv")]
+    refused = CliRunner().invoke(app, [*command, "--machine", str(tmp_path / "bare.json")])
+    assert refused.exit_code == 1
+    assert "says nothing of a machine to simulate: make it with `run --predict`" in refused.output
 
 
 def test_prediction_when_the_probe_saw_batches_then_the_simulated_gateway_has_learned_from_them(

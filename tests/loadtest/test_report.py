@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,11 +167,20 @@ def test_report_when_summarised_then_its_timeline_and_histogram_add_up_to_its_fi
             lambda content: content | {"offered": "many"},
             "is a damaged report: offered: Input should be a valid integer",
         ),
+        (
+            lambda content: content | {"latency_histogram": "HIST"},
+            "is a damaged report: latency_histogram: Value error",
+        ),
+        (lambda content: content | {"points": []}, "answers_by_point must have one list for each of 0 points, got 2"),
+        (
+            lambda content: content | {"timeline": content["timeline"] | {"shed": [1]}},
+            "is a damaged report: timeline: Value error, shed must have a value for each of 3 bins, got 1",
+        ),
         (lambda content: content | {"speed": 1}, "is a damaged report: speed: Extra inputs are not permitted"),
     ],
 )
 def test_read_report_when_the_file_holds_something_else_then_the_error_says_what(
-    setup: Setup, tmp_path: Path, change: Callable[[dict[str, object]], object], message: str
+    setup: Setup, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     path = tmp_path / "report.json"
     content = summarise(TRACE, outcomes(), ladder(0.8, 0.9), setup).model_dump(mode="json")

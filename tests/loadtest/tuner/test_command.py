@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import threading
 import tomllib
@@ -17,7 +19,7 @@ from loadtest.trace import Trace, read_trace, write_trace
 from server.ladder import Ladder
 from server.policy_source import PolicySource
 from tests.loadtest.conftest import SHIPPED
-from tests.loadtest.test_run import readme_commands, replaced
+from tests.loadtest.test_run import ROOT, readme_commands, replaced
 
 
 @pytest.fixture
@@ -59,6 +61,18 @@ def test_tune_when_called_as_in_the_readme_then_a_policy_is_written(trace: Path,
     command += ["--trials", "1", "--max-shed", "0.5"]
     assert CliRunner().invoke(app, command).exit_code == 0
     assert (tmp_path / "policy.toml").exists()
+
+
+def test_tune_when_called_as_in_the_docs_then_the_example_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = (ROOT / "docs" / "tuning.md").read_text().partition("## An example")[2].replace("\\\n", "")
+    generate, tune = (shlex.split(line) for line in re.findall(r"^\$ python -m loadtest (.*)$", example, re.M))
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, replaced(generate, duration="3")).exit_code == 0
+    result = CliRunner().invoke(app, [*replaced(tune, bundle=SHIPPED, trials="1"), "--max-shed", "0.5"])
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"trace.csv", "policy.toml", "front.html"}
 
 
 def test_tune_when_repeated_with_the_same_seed_then_the_file_is_the_same_byte_for_byte(
