@@ -76,6 +76,7 @@ class Load:
     """
 
     url: str
+    query: str = QUERY
     clients: int = 4
     answers: list[tuple[int, str, float]] = field(default_factory=list)
 
@@ -103,7 +104,7 @@ class Load:
         with httpx.Client(base_url=self.url, timeout=30) as client:
             while not self._stop.is_set():
                 started_s = time.perf_counter()
-                response = client.post(QUERY, content=IMAGES[index], headers=PNG)
+                response = client.post(self.query, content=IMAGES[index], headers=PNG)
                 code = "" if response.status_code == 200 else response.json()["code"]
                 self.answers.append((response.status_code, code, time.perf_counter() - started_s))
                 if code:
