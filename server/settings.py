@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     triton_probe_s: float = Field(
         default=1.0, gt=0, description="time between probes of a Triton server, and for the answer to one"
     )
+    triton_shared_memory: bool = Field(
+        default=False, description="pass images to Triton servers in shared memory; all must run on this host"
+    )
     fallback: Literal["none", "embedded"] = Field(
         default="none", description="what runs batches, at the cheapest points allowed, while no Triton server does"
     )

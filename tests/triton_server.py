@@ -45,6 +45,11 @@ from exporter.triton_directory import write_model_directory
 _PORTS = range(20000, 32000)
 # Start and warm-up of the shipped model take 3 s on two busy cores; chosen with room for a loaded machine.
 _START_TIMEOUT_S = 120.0
+# Ends with exec, so that the server has the process id of the first of them.
+_OWN_SHARED_MEMORY = (
+    *("unshare", "--mount", "--map-root-user"),
+    *("sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh"),
+)
 _STOP_TIMEOUT_S = 20.0  # Triton looks once a second whether models are unloaded; a stop takes 1 to 3 s
 
 
@@ -62,6 +67,7 @@ class TritonServer:
         repository: model repository; models for the backend `python` only.
         http_port, grpc_port, metrics_port: 0 takes a free one, which it keeps.
         arguments: more of the server's command line, after `--model-control-mode=none` and so able to change that.
+        elsewhere: with a /dev/shm of its own, as on another machine. Needs leave to make a user namespace.
         echo: print the log to stderr, too.
     """
 
@@ -73,9 +79,11 @@ class TritonServer:
         grpc_port: int = 0,
         metrics_port: int = 0,
         arguments: Sequence[str] = (),
+        elsewhere: bool = False,
         echo: bool = False,
     ) -> None:
         self.repository, self.echo = repository, echo
+        self._before = _OWN_SHARED_MEMORY if elsewhere else ()
         self.http_port, self.grpc_port, self.metrics_port = (
             port or free_port() for port in (http_port, grpc_port, metrics_port)
         )
@@ -131,6 +139,7 @@ class TritonServer:
         assert not self.running, "already running"
         self._lines = []
         command = [
+            *self._before,
             str(_package("pytriton") / "tritonserver/bin/tritonserver"),
             f"--model-repository={self.repository}",
             f"--backend-directory={self._backend_directory()}",

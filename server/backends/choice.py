@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from prometheus_client import CollectorRegistry
 
 from exporter.bundle import Bundle
@@ -22,18 +24,22 @@ def create_backend(settings: Settings, bundle: Bundle, registry: CollectorRegist
         return OrtBackend(bundle, settings.threads)
     try:
         from server.backends.triton.backend import TritonBackend  # an optional dependency
+        from server.backends.triton.connect import connect
 
         if any(Address.parse(url).protocol == "http" for url in settings.triton_endpoints):
             import server.backends.triton.http_client  # noqa: F401  # another one, better missed here than in a probe
     except (ModuleNotFoundError, RuntimeError) as error:  # tritonclient makes the second of the first
         raise BackendError(f"backend triton lacks a library: {error}; pip install 'vmoe-serving[triton]'") from error
     metrics = BackendMetrics(registry)
+    batch_size = min(settings.max_batch_size, bundle.manifest.max_batch_size)
+    shared_images = batch_size if settings.triton_shared_memory else 0
     triton = TritonBackend(
         bundle.manifest,
         settings.triton_endpoints,
         timeout_s=settings.triton_timeout_s,
         probe_s=settings.triton_probe_s,
         metrics=metrics,
+        connect=partial(connect, shared_images=shared_images),
     )
     if settings.fallback == "none":
         return triton

@@ -2,22 +2,23 @@
 
 Starts a real Triton server with one instance and a gateway as a process of its own, and asks both for the same images
 at the full point, from this process: `tritonclient` to the server, HTTP with PNG files to the gateway. Requests take
-turns for latency, slices of seconds for throughput. Then the same for inputs in system shared memory against inputs in
-the message.
+turns for latency, slices of seconds for throughput. Then the gateway's backend asks with images in shared memory and in
+the message, in turns.
 """
 
 from __future__ import annotations
 
+import asyncio
 import io
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,14 +26,18 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc as triton_client
-import tritonclient.utils.shared_memory as shared_memory
 from PIL import Image
+from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from exporter.bundle import Bundle
 from exporter.measure import sample_images
+from server.backends.base import Batch
+from server.backends.triton.backend import TritonBackend
+from server.backends.triton.connect import connect
+from server.metrics import BackendMetrics
 from tests.triton_server import TritonServer, free_port, python_repository
 
 SIZES = (1, 8, 16)
@@ -57,7 +62,7 @@ def main(directory: str = "model_repository/vmoe-fashion-mnist") -> None:
     ):
         Console().print(latencies(bundle, images, direct, gateway))
         Console().print(throughput(bundle, images, server.grpc_url, url))
-        Console().print(shared_inputs(bundle, images, direct))
+        Console().print(shared_inputs(bundle, images, server.grpc_url))
 
 
 def latencies(bundle: Bundle, images: npt.NDArray[np.uint8], direct: Any, gateway: httpx.Client) -> Table:
@@ -119,20 +124,53 @@ def throughput(bundle: Bundle, images: npt.NDArray[np.uint8], grpc_url: str, url
     return table
 
 
-def shared_inputs(bundle: Bundle, images: npt.NDArray[np.uint8], client: Any) -> Table:
+def shared_inputs(bundle: Bundle, images: npt.NDArray[np.uint8], url: str) -> Table:
+    """The gateway's backend with and without its setting `triton_shared_memory`, in turns."""
     table = Table(
-        "images", "in the message, ms", "in shared memory, ms", "ratio", title="median latency of direct calls"
+        "images",
+        "in the message, ms",
+        "in shared memory, ms",
+        "ratio",
+        title="median latency of a batch of the gateway's backend",
     )
-    for size in SIZES:
-        arrays = feeds(bundle, images[:size])
-        with shared(client, arrays) as (refresh, pointing):
-            times: dict[str, list[float]] = {"plain": [], "shared": []}
-            for _ in track(range(ROUNDS), f"shared memory, {size}"):
-                times["plain"].append(timed(infer_plain, client, bundle, arrays)[0])
-                times["shared"].append(timed(infer_shared, client, bundle, refresh, pointing)[0])
-        medians = [1000 * statistics.median(values[ROUNDS // 10 :]) for values in times.values()]
-        table.add_row(str(size), *(f"{value:.2f}" for value in medians), f"{medians[1] / medians[0]:.3f}")
+    for size, (message_ms, shared_ms) in asyncio.run(_shared_inputs(bundle, images, url)).items():
+        table.add_row(str(size), f"{message_ms:.2f}", f"{shared_ms:.2f}", f"{shared_ms / message_ms:.3f}")
     return table
+
+
+async def _shared_inputs(bundle: Bundle, images: npt.NDArray[np.uint8], url: str) -> dict[int, tuple[float, float]]:
+    """By size, median milliseconds of images in the message and in shared memory."""
+    medians = {}
+    async with connected(bundle, url, 0) as plain, connected(bundle, url, max(SIZES)) as shared:
+        for size in SIZES:
+            arrays = feeds(bundle, images[:size])
+            batch = Batch(arrays["images"], arrays["slots"], arrays["num_selected_experts"], explain=False)
+            times: tuple[list[float], list[float]] = ([], [])
+            for _ in track(range(ROUNDS), f"shared memory, {size}"):
+                for backend, seconds in zip((plain, shared), times, strict=True):
+                    started_s = time.perf_counter()
+                    await backend.infer(batch)
+                    seconds.append(time.perf_counter() - started_s)
+            message_s, shared_s = (statistics.median(seconds[ROUNDS // 10 :]) for seconds in times)
+            medians[size] = 1000 * message_s, 1000 * shared_s
+    return medians
+
+
+@asynccontextmanager
+async def connected(bundle: Bundle, url: str, shared_images: int) -> AsyncIterator[TritonBackend]:
+    backend = TritonBackend(
+        bundle.manifest,
+        [url],
+        timeout_s=60.0,
+        probe_s=1.0,
+        metrics=BackendMetrics(CollectorRegistry()),
+        connect=partial(connect, shared_images=shared_images),
+    )
+    await backend.start(lambda: None)
+    try:
+        yield backend
+    finally:
+        await backend.close()
 
 
 @contextmanager
@@ -179,37 +217,8 @@ def tensors(arrays: Feeds) -> list[Any]:
     return result
 
 
-@contextmanager
-def shared(client: Any, arrays: Feeds) -> Iterator[tuple[Callable[[], None], list[Any]]]:
-    """A region that the server has mapped: a function that writes the arrays into it, and inputs that point there."""
-    total = sum(value.nbytes for value in arrays.values())
-    name, key = "overhead", f"/vmoe_overhead_{os.getpid()}"
-    region = shared_memory.create_shared_memory_region(name, key, total)
-    client.register_system_shared_memory(name, key, total)
-    try:
-        inputs, offset = [], 0
-        for tensor, value in arrays.items():
-            each = triton_client.InferInput(tensor, list(value.shape), TYPES[value.dtype.name])
-            each.set_shared_memory(name, value.nbytes, offset)
-            inputs.append(each)
-            offset += value.nbytes
-        yield lambda: shared_memory.set_shared_memory_region(region, list(arrays.values())), inputs
-    finally:
-        client.unregister_system_shared_memory(name)
-        shared_memory.destroy_shared_memory_region(region)
-
-
 def infer(client: Any, bundle: Bundle, inputs: list[Any]) -> None:
     client.infer(bundle.manifest.name, inputs, outputs=OUTPUTS).as_numpy("logits")
-
-
-def infer_plain(client: Any, bundle: Bundle, arrays: Feeds) -> None:
-    infer(client, bundle, tensors(arrays))
-
-
-def infer_shared(client: Any, bundle: Bundle, refresh: Callable[[], None], pointing: list[Any]) -> None:
-    refresh()
-    infer(client, bundle, pointing)
 
 
 def multipart(images: npt.NDArray[np.uint8]) -> list[tuple[str, tuple[str, bytes, str]]]:

@@ -1,9 +1,9 @@
-"""What do inputs in shared memory save where images are large? `python -m tests.benchmarks.triton_shared_memory`.
+"""What does `triton_shared_memory` save where images are large? `python -m tests.benchmarks.triton_shared_memory`.
 
 A model of two narrow blocks with random weights and inputs of 384 x 384 x 3 bytes: computing is cheap, so that moving
-the images shows. It is exported, served by a real Triton, and asked in turns as in `triton_overhead`, which has the
-figures for the shipped model. What is saved in milliseconds holds for any model with such images; the ratio is the
-best case. Takes minutes.
+the images shows. It is exported, served by a real Triton, and asked by the gateway's backend in turns as in
+`triton_overhead`, which does it with the shipped model. What is saved in milliseconds holds for any model with such
+images; the ratio is the best case. Takes minutes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-import tritonclient.grpc as triton_client
 from rich.console import Console
 
 from exporter.bundle import Bundle
@@ -33,11 +32,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         bundle = export(Path(directory))
         images = sample_images(bundle.manifest.preprocessing, None, max(SIZES))
-        with (
-            TritonServer(python_repository(bundle.directory, Path(directory) / "triton")) as server,
-            triton_client.InferenceServerClient(server.grpc_url) as client,
-        ):
-            Console().print(shared_inputs(bundle, images, client))
+        with TritonServer(python_repository(bundle.directory, Path(directory) / "triton")) as server:
+            Console().print(shared_inputs(bundle, images, server.grpc_url))
 
 
 def export(directory: Path) -> Bundle:

@@ -37,10 +37,10 @@ def using(url: str, scenario: Callable[[Client], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
-def batch(rows: int, *, explain: bool = False) -> Batch:
+def batch(rows: int, *, explain: bool = False, seed: int = 0) -> Batch:
     point = MANIFEST.points[-1]
     return Batch(
-        np.random.default_rng(0).integers(0, 256, (rows, 28, 28, 1), np.uint8),
+        np.random.default_rng(seed).integers(0, 256, (rows, 28, 28, 1), np.uint8),
         np.array([point.slots] * rows, np.int64),
         np.full((rows, 1), point.num_selected_experts, np.int64),
         explain,

@@ -1,6 +1,7 @@
 """A Triton server over gRPC: arrays to messages and back, errors of `tritonclient` to `CallFailed`.
 
-An image is copied once on its way into the message, which the client library does not let one avoid.
+An image is copied once on its way into the message, which the client library does not let one avoid; shared memory is
+the way around the message.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from exporter.bundle import Manifest
 from server.backends.base import Batch, Outputs
 from server.backends.triton.contract import ServedModel, ServedTensor
 from server.backends.triton.failure import CallFailed, classify
-from server.backends.triton.tensors import input_tensors, output_names, read_outputs
+from server.backends.triton.shared_memory import SharedImages, check_version
+from server.backends.triton.tensors import images_bytes, output_names, read_outputs, request_inputs
 
 _T = TypeVar("_T")
 
@@ -38,22 +40,27 @@ class GrpcClient:
     Arguments:
         location: host:port.
         manifest: of the model.
+        shared_images: as many as may run together are passed in shared memory; 0 puts them into the message.
     """
 
     cancellable = True
 
-    def __init__(self, location: str, manifest: Manifest) -> None:
+    def __init__(self, location: str, manifest: Manifest, shared_images: int = 0) -> None:
         self._client = grpc_aio.InferenceServerClient(location, channel_args=_CHANNEL)
         self._manifest = manifest
         self._name, self._version = manifest.name, manifest.version
+        self._sharing = shared_images > 0
+        self._regions = SharedImages(self, images_bytes(manifest, shared_images))
 
     async def is_ready(self) -> bool:
         """Is the model loaded? Raises `CallFailed`."""
         return bool(await _translated(self._client.is_model_ready(self._name, self._version)))
 
     async def describe(self) -> ServedModel:
-        """Raises `CallFailed`."""
+        """Raises `CallFailed`, and `BackendError` where the server is too old for the settings."""
         server = await _translated(self._client.get_server_metadata())
+        if self._sharing:
+            check_version(server.version)
         metadata = await _translated(self._client.get_model_metadata(self._name, self._version))
         config = (await _translated(self._client.get_model_config(self._name, self._version))).config
         return ServedModel(
@@ -74,25 +81,35 @@ class GrpcClient:
         Raises:
             CallFailed
         """
-        inputs = []
-        for name, array, datatype in input_tensors(self._manifest, batch):
-            inputs.append(InferInput(name, array.shape, datatype))
-            inputs[-1].set_data_from_numpy(array)
         outputs = [InferRequestedOutput(name) for name in output_names(self._manifest, explain=batch.explain)]
-        result = await _translated(
-            self._client.infer(
-                self._name,
-                inputs,
-                model_version=self._version,
-                outputs=outputs,
-                timeout=max(round(1e6 * queue_timeout_s), 1),
-                client_timeout=timeout_s,
+        with self._regions.lend() as region:
+            result = await _translated(
+                self._client.infer(
+                    self._name,
+                    request_inputs(InferInput, self._manifest, batch, region),
+                    model_version=self._version,
+                    outputs=outputs,
+                    timeout=max(round(1e6 * queue_timeout_s), 1),
+                    client_timeout=timeout_s,
+                )
             )
-        )
-        return read_outputs(self._manifest, batch, result)
+            return read_outputs(self._manifest, batch, result)
+
+    async def share_memory(self, batches: int, *, fresh: bool) -> None:
+        """See `SharedImages.refill`."""
+        await self._regions.refill(batches, fresh=fresh)
+
+    async def register(self, name: str, size_bytes: int) -> None:
+        await _translated(self._client.register_system_shared_memory(name, f"/{name}", size_bytes))
+
+    async def unregister(self, name: str) -> None:
+        await _translated(self._client.unregister_system_shared_memory(name))
 
     async def close(self) -> None:
-        await self._client.close()
+        try:
+            await self._regions.close()
+        finally:
+            await self._client.close()
 
 
 async def _translated(call: Awaitable[_T]) -> _T:

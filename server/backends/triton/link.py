@@ -25,7 +25,8 @@ MISSED_PROBES: Final = 2
 
 
 class Client(Protocol):
-    """A connection; every method but `close` raises `CallFailed`.
+    """A connection; every method but `close` raises `CallFailed`, `describe` and `share_memory` also
+    `BackendError`.
 
     Attributes:
         cancellable: the server drops a call that is cancelled before its turn.
@@ -39,6 +40,9 @@ class Client(Protocol):
     async def describe(self) -> ServedModel: ...
 
     async def infer(self, batch: Batch, timeout_s: float, queue_timeout_s: float) -> Outputs: ...
+
+    async def share_memory(self, batches: int, *, fresh: bool) -> None:
+        """Prepares for so many at once, where memory is shared; `fresh` where the server may have been restarted."""
 
     async def close(self) -> None: ...
 
@@ -148,10 +152,12 @@ class Link:
         if not await self._client.is_ready():
             raise CallFailed("not_ready", f"model {self._manifest.name} is not loaded")
         if self._known:
+            await self._client.share_memory(self.endpoint.window.most, fresh=False)
             return
         served = await self._client.describe()
         check_contract(self._manifest, served)
         self.endpoint.serves(served.instances)
+        await self._client.share_memory(self.endpoint.window.most, fresh=True)
         self._known = True
         logger.info("%s is %s with %d instances of the model", self._title, served.server, served.instances)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,33 @@ import numpy.typing as npt
 from exporter.bundle import Manifest
 from server.backends.base import Batch, Outputs
 from server.backends.triton.failure import CallFailed
+from server.backends.triton.shared_memory import Region
 from vmoe.preprocess import normalize
 
 
-def input_tensors(manifest: Manifest, batch: Batch) -> Iterator[tuple[str, npt.NDArray[Any], str]]:
+def request_inputs(kind: Callable[..., Any], manifest: Manifest, batch: Batch, region: Region | None) -> list[Any]:
+    """Arguments:
+    kind: the `InferInput` of the protocol.
+    region: gets the images, which the message then only points to.
+    """
+    inputs = []
+    for name, array, datatype in _input_tensors(manifest, batch):
+        inputs.append(kind(name, array.shape, datatype))
+        if name == "images" and region is not None and region.holds(array):
+            region.write(array)
+            inputs[-1].set_shared_memory(region.name, array.nbytes)
+        else:
+            inputs[-1].set_data_from_numpy(array)
+    return inputs
+
+
+def images_bytes(manifest: Manifest, images: int) -> int:
+    """What so many take as a tensor."""
+    pixels = math.prod(manifest.preprocessing.image_size) * manifest.preprocessing.channels
+    return images * pixels * (1 if manifest.input == "uint8" else 4)
+
+
+def _input_tensors(manifest: Manifest, batch: Batch) -> Iterator[tuple[str, npt.NDArray[Any], str]]:
     """Name, values and Triton's name of the type."""
     if manifest.input == "uint8":
         yield "images", batch.images, "UINT8"

@@ -34,11 +34,12 @@ UP: Final = 0.002
 class Window:
     """Attributes:
     limit: as the formula has it; `size` is the whole number below.
+    most: that it can be.
     """
 
     def __init__(self, instances: int) -> None:
         self.limit = float(instances)
-        self._most = 2 * instances
+        self.most = 2 * instances
         self._least: dict[int, float] = {}  # t0 by batch size
 
     @property
@@ -59,7 +60,7 @@ class Window:
         if waiting > max(HIGH, HIGH_SHARE * in_flight):
             self.limit = max(self.limit - STEP_DOWN, 1.0)
         elif waiting < LOW and in_flight >= self.size:
-            self.limit = min(self.limit + STEP_UP, self._most)
+            self.limit = min(self.limit + STEP_UP, self.most)
 
     def overloaded(self) -> None:
         """A batch found the server's queue full, or took too long."""

@@ -41,6 +41,7 @@ class ScriptedClient:
     batches: int = 0
     cancelled: int = 0
     limits: list[tuple[float, float]] = field(default_factory=list)
+    prepared: list[tuple[int, bool]] = field(default_factory=list)
     cancellable: bool = True
 
     async def is_ready(self) -> bool:
@@ -66,6 +67,9 @@ class ScriptedClient:
             np.zeros((rows, layers, 4), np.int64),
             None,
         )
+
+    async def share_memory(self, batches: int, *, fresh: bool) -> None:
+        self.prepared.append((batches, fresh))
 
     async def close(self) -> None:
         pass
@@ -326,6 +330,22 @@ def test_probes_when_a_server_comes_back_then_its_model_is_compared_again() -> N
         assert (bench.backend.num_workers, bench.failures(0, "mismatch") > 0) == (0, True)
 
     run(scenario, servers=1)
+
+
+def test_probes_when_a_server_was_away_then_shared_memory_is_prepared_anew() -> None:
+    async def scenario(bench: Bench) -> None:
+        (server,) = bench.servers
+        assert server.prepared == [(6, True)]  # the most that the window of three instances grows to
+        await bench.serve()
+        await asyncio.sleep(PROBE_S + 0.1)
+        assert server.prepared[1:] == [(6, False)]
+        server.failure = "refused"
+        await asyncio.sleep(2 * PROBE_S)
+        server.failure = None
+        await asyncio.sleep(PROBE_S + 0.1)
+        assert server.prepared[2] == (6, True)
+
+    run(scenario, servers=1, model=replace(served(), parameters={}, instances=3))
 
 
 def test_infer_when_cancelled_then_the_call_is_and_the_place_is_free() -> None:
