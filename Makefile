@@ -69,7 +69,7 @@ experiments-routing: $(VENV)/.full $(FASHION_MNIST)
 	$(ROUTING_TRAIN) --config docs/experiments/configs/small_bpr.json --output runs/routing/adaptive --adaptive 0.5
 	$(ROUTING_TRAIN) --config docs/experiments/configs/small_vanilla.json --output runs/routing/vanilla
 	$(ROUTING_TRAIN) --config docs/experiments/configs/small_dense.json --output runs/routing/dense
-	$(BIN)/python -m vmoe sweep $(ROUTING_RUNS:%=runs/routing/%/checkpoint) --limit 2000 --seeds 1 \
+	$(BIN)/python -m vmoe sweep $(ROUTING_RUNS:%=runs/routing/%/checkpoint) --limit 1000 --seeds 1 \
 		--json docs/experiments/sweep.json --markdown docs/experiments/sweep.md --plot docs/experiments/sweep.png
 	$(BIN)/python -m vmoe show-routing runs/routing/plain/checkpoint --plot docs/experiments/kept-patches.png
 	$(BIN)/python -m vmoe routing-analysis runs/routing/plain/checkpoint --limit 2000 \

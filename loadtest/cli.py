@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +17,8 @@ from loadtest.errors import LoadtestError, TraceError
 from loadtest.html import write_page
 from loadtest.oracle import oracle
 from loadtest.public_traces import load_trace
-from loadtest.report import PolicyUsed, Report, Setup, oracle_report, read_report, summarise
+from loadtest.report import PolicyUsed, Report, Setup, oracle_report, summarise
+from loadtest.report_file import read_report
 from loadtest.rescale import Rescaling
 from loadtest.runs import Run, read_runs
 from loadtest.schedule import Kind, Mix, draw
@@ -26,8 +26,9 @@ from loadtest.search import Objective
 from loadtest.simulator import Machine, simulate
 from loadtest.subject import Subject
 from loadtest.tables import print_comparison, print_report
+from loadtest.terminal import clear_errors
 from loadtest.trace import Trace, write_trace
-from loadtest.tuner import objective as tuning
+from loadtest.tuner.cli import tune
 
 ORACLE = "oracle"
 INVALID = 3  # exit code
@@ -53,6 +54,7 @@ Html = Annotated[Path | None, typer.Option(help="Write the report as a page here
 RateScale = Annotated[float, typer.Option(help="Requests over the trace's, in the same time.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure what a bundle and a policy can hold.")
+app.command("tune")(tune)
 
 
 @app.command("simulate")
@@ -81,7 +83,7 @@ def simulate_command(
     html: Html = None,
 ) -> None:
     """Runs the gateway's scheduler over TRACE on a virtual clock, with the latencies of the bundle's profile."""
-    with _clear_errors():
+    with clear_errors():
         subject = Subject.load(bundle)
         active = subject.policy(None if policy == ORACLE else policy)
         name, requests = _replayed(trace, Rescaling.parse(window, time_scale, rate_scale), Mix(), seed, active.budgets)
@@ -182,7 +184,7 @@ def run(
 
     Exits with 3 when the figures may not be relied on; the report says why.
     """
-    with _clear_errors():
+    with clear_errors():
         try:
             from loadtest.live_results import Terms
             from loadtest.live_session import Session  # needs aiohttp, which simulating does not
@@ -249,7 +251,7 @@ def generate(
     deadline_ms: DeadlineMs = None,
 ) -> None:
     """Draws a trace; the same seed gives the same file."""
-    with _clear_errors():
+    with clear_errors():
         mix = Mix.parse(budget or (), deadline_ms or ())
         trace = draw(kind, rate_hz, duration_s, seed=seed, cv=cv, factor=factor, levels=steps, mix=mix)
         _write_trace(out, trace)
@@ -261,7 +263,7 @@ def html_command(
     out: Annotated[Path, typer.Option(help="Page to write.")],
 ) -> None:
     """Shows reports as one page that needs no network: plots over time, tables, machine and versions."""
-    with _clear_errors():
+    with clear_errors():
         write_page(out, read_runs(reports))
 
 
@@ -272,7 +274,7 @@ def compare_command(
     seed: Annotated[int, typer.Option(min=0, help="Of the resampling behind the intervals.")] = 0,
 ) -> None:
     """Tells what differs between runs, with a confidence interval on every difference."""
-    with _clear_errors():
+    with clear_errors():
         if len(reports) < 2:
             raise LoadtestError(f"comparing needs two reports or more, got {len(reports)}; `html` shows one")
         runs = read_runs(reports)
@@ -295,85 +297,9 @@ def convert(
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
 ) -> None:
     """Writes TRACE, or a part of it, in our own columns."""
-    with _clear_errors():
+    with clear_errors():
         rescaling = Rescaling.parse(window, time_scale, rate_scale)
         _write_trace(out, _replayed(trace, rescaling, Mix.parse(budget or (), deadline_ms or ()), seed)[1])
-
-
-@app.command("tune")
-def tune_command(
-    bundle: Annotated[Path, typer.Option(help="Directory of an exported model with a latency profile.")],
-    trace: Annotated[Path, typer.Option(help="As for `simulate`; a recording of your own traffic serves best.")],
-    out: Annotated[Path, typer.Option(help="policy.toml to write.")],
-    p99_ms: Annotated[float, typer.Option(help="Limit of the 99th percentile of latency.")] = 100.0,
-    max_shed: Annotated[float, typer.Option(help="Limit of the share that is refused.")] = 0.001,
-    maximise: Annotated[
-        tuning.Goal, typer.Option(help="docs/tuning.md says what each means.")
-    ] = tuning.Goal.effective_accuracy,
-    load: Annotated[str, typer.Option(help="Arrival rates over the trace's, separated by commas.")] = "1",
-    trials: Annotated[int, typer.Option(min=1, help="Policies to try.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="The same one gives the same file.")] = 0,
-    noise_seeds: Annotated[int, typer.Option(min=1, help="Runs of each trial at each load.")] = 2,
-    held_out: Annotated[float, typer.Option(help="Share of the trace that is not searched.")] = 0.3,
-    policy: Annotated[
-        str | None, typer.Option(help="policy.toml whose budgets are kept. Default: the bundle's, if it has one.")
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Batches that run at once.")] = 1,
-    max_batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the bundle's.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that simulate; the result does not depend on it.")] = 1,
-    url: Annotated[str | None, typer.Option(help="Gateway at which the best few are confirmed.")] = None,
-    admin_key: Annotated[str, typer.Option(envvar="VMOE_ADMIN_KEY", help="Of that gateway.")] = "",
-    grace_ms: Annotated[float, typer.Option(min=0, help="As for `run`, in the confirmation.")] = 0.0,
-    images: Annotated[Path | None, typer.Option(help="As for `run`, in the confirmation.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="HTML page of the Pareto front to write.")] = None,
-    best_effort: Annotated[
-        bool, typer.Option("--best-effort", help="Write the nearest where the objective is out of reach.")
-    ] = False,
-) -> None:
-    """Searches the policies and their parameters in the simulator, and writes the best one.
-
-    Ctrl-C ends the search early and goes on with the best so far; a second one ends everything and writes nothing.
-    """
-    with _clear_errors():
-        try:
-            from loadtest.tuner.command import Gateway, Options, tune  # needs optuna
-        except ModuleNotFoundError as error:
-            raise LoadtestError(f"tuning needs {error.name}: pip install 'vmoe-serving[loadtest]'") from error
-        try:
-            loads = tuple(float(each) for each in load.split(","))
-        except ValueError as error:
-            raise LoadtestError(f"--load must be numbers above 0, separated by commas, got {load!r}") from error
-        # What gives the same file again; neither a key nor where things were written.
-        asked = {
-            "bundle": bundle, "trace": trace, "p99-ms": f"{p99_ms:g}", "max-shed": f"{max_shed:g}",
-            "maximise": maximise, "load": load, "trials": trials, "seed": seed, "noise-seeds": noise_seeds,
-            "held-out": f"{held_out:g}", "policy": policy, "workers": workers, "max-batch-size": max_batch_size,
-            "url": url,
-        }  # fmt: skip
-        words = [word for name, value in asked.items() if value is not None for word in (f"--{name}", str(value))]
-        words += ["--best-effort"] if best_effort else []
-        tune(
-            Options(
-                bundle=bundle,
-                trace=trace,
-                objective=tuning.Objective(maximise, p99_ms, max_shed),
-                loads=loads,
-                trials=trials,
-                seed=seed,
-                noise_seeds=noise_seeds,
-                held_out=held_out,
-                workers=workers,
-                max_batch_size=max_batch_size,
-                jobs=jobs,
-                policy=policy,
-                out=out,
-                plot=plot,
-                best_effort=best_effort,
-                gateway=None if url is None else Gateway(url, admin_key, grace_ms, images),
-                command=("python", "-m", "loadtest", "tune", *words),
-            ),
-            Console(),
-        )
 
 
 def _replayed(
@@ -409,13 +335,3 @@ def _write(report: Report, json: Path | None, html: Path | None) -> None:
             raise LoadtestError(f"cannot write {json}: {error.strerror}") from error
     if html is not None:
         write_page(html, [Run(report.setup.policy.name, report)])
-
-
-@contextlib.contextmanager
-def _clear_errors() -> Iterator[None]:
-    """A message instead of a traceback for what the user can mend."""
-    try:
-        yield
-    except LoadtestError as error:
-        typer.echo(f"error: {error}", err=True)  # not through rich, which reads brackets as markup
-        raise typer.Exit(1) from error

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadtest.errors import ReportError
-from loadtest.report import Report, read_report
+from loadtest.report import Report
+from loadtest.report_file import read_report
 
 
 @dataclass(frozen=True)

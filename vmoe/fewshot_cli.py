@@ -11,7 +11,7 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from vmoe.checkpoint import load_checkpoint, save_checkpoint
 from vmoe.class_subset import ClassSubset, choose_classes
@@ -97,7 +97,12 @@ def _choose(images: LabelledImages, classes: str | None, known: set[str]) -> Lab
 
 def _print(runs: dict[str, tuple[FewShotResult, ...]], labels: Sequence[str], num_images: int) -> None:
     table = Table(
-        "checkpoint", "shots", "accuracy", "deviation", "l2", title=f"{len(labels)} classes, {num_images} images"
+        Column("checkpoint", overflow="fold"),
+        "shots",
+        "accuracy",
+        "deviation",
+        "l2",
+        title=f"{len(labels)} classes, {num_images} images",
     )
     for path, results in runs.items():
         for result in results:

@@ -21,6 +21,7 @@ from loadtest.tuner.objective import Objective, Verdict, judge
 from loadtest.tuner.search import Candidate, search
 from loadtest.tuner.stopping import Stop
 from loadtest.tuner.written import check_writable, provenance_of, render, write
+from server.policy_file import PolicyConfig
 from server.provenance import Expected, Provenance
 
 _FINALISTS: Final = 5  # and the default policy; chosen, not tuned
@@ -109,34 +110,7 @@ def tune(options: Options, console: Console) -> None:
         workers=options.workers,
         max_batch_size=options.max_batch_size,
     )
-    stop = Stop()
-    columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with (
-        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
-        side_by_side(options.jobs) as run_all,
-    ):
-        task = progress.add_task("", total=options.trials)
-
-        def show(done: int, best: Candidate) -> None:
-            verdict = best.verdict
-            description = f"best: trial {best.number}, {_figures(options.objective, verdict)}"
-            progress.update(task, completed=done, description=description)
-
-        with stop.on_interrupt():
-            candidates, trials = search(
-                steps.searched,
-                options.objective,
-                base.config,
-                trials=options.trials,
-                seed=options.seed,
-                progress=show,
-                stopped=stop,
-                run_all=run_all,
-            )
-        progress.update(task, description="comparing the finalists")
-        finalists = _finalists(candidates, steps, options.objective, run_all)
-    if stop.asked:
-        console.print(f"stopped by hand after {trials} of {options.trials} trials: going on with the best so far")
+    candidates, trials, finalists = _searched(options, steps, base.config, console)
     print_front(candidates, options.objective, console)
     if options.plot is not None:
         write_plot(options.plot, candidates, options.objective)
@@ -162,6 +136,41 @@ def tune(options: Options, console: Console) -> None:
     write(options.out, render(chosen.candidate.active, provenance(chosen), _remarks(chosen, finalists, options)))
     what = f"{chosen.candidate.active.config.policy} of trial {chosen.candidate.number}"
     console.print(f"{options.out}: {what}", soft_wrap=True)
+
+
+def _searched(
+    options: Options, steps: Benches, base: PolicyConfig, console: Console
+) -> tuple[list[Candidate], int, list[Finalist]]:
+    """Every candidate, the number of trials, and the finalists in order."""
+    stop = Stop()
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with (
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+        side_by_side(options.jobs) as run_all,
+    ):
+        task = progress.add_task("", total=options.trials)
+
+        def show(done: int, best: Candidate) -> None:
+            verdict = best.verdict
+            description = f"best: trial {best.number}, {_figures(options.objective, verdict)}"
+            progress.update(task, completed=done, description=description)
+
+        with stop.on_interrupt():
+            candidates, trials = search(
+                steps.searched,
+                options.objective,
+                base,
+                trials=options.trials,
+                seed=options.seed,
+                progress=show,
+                stopped=stop,
+                run_all=run_all,
+            )
+        progress.update(task, description="comparing the finalists")
+        finalists = _finalists(candidates, steps, options.objective, run_all)
+    if stop.asked:
+        console.print(f"stopped by hand after {trials} of {options.trials} trials: going on with the best so far")
+    return candidates, trials, finalists
 
 
 def _finalists(

@@ -19,8 +19,9 @@ from typing import Annotated
 import typer
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from loadtest.environment import Environment
 from loadtest.oracle import oracle
-from loadtest.report import PolicyUsed, Setup, summarise, versions
+from loadtest.report import PolicyUsed, Setup, summarise
 from loadtest.simulator import Machine, simulate
 from loadtest.subject import Subject
 from server.policy_file import POLICY_NAMES, ActivePolicy, default_policy, parse_policy
@@ -138,12 +139,13 @@ def main(
     subject = Subject.load(bundle)
     times = decision_times(subject)  # first, while nothing else runs
     results = run_all(bundle, trace or list(TRACES), range(first_seed, first_seed + seeds), jobs)
+    here = Environment.here()
     document = {
         "command": f"python -m tests.benchmarks.policies --seeds {seeds} --first-seed {first_seed}",
         "date": date.today().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{here.cpu}, {here.cores} cores",
         "profile": subject.manifest.profile.model_dump() if subject.manifest.profile else None,
-        "versions": versions(),
+        "versions": here.versions | {"python": here.python},
         "manifest_sha256": subject.manifest_sha256,
         "capacity_hz": capacity_hz(subject),
         "duration_s": DURATION_S,

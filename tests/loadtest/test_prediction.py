@@ -14,7 +14,8 @@ from loadtest.generator import Plan
 from loadtest.html import page
 from loadtest.live_results import Terms
 from loadtest.prediction import Predictor, policy_in_force
-from loadtest.report import Report, read_report
+from loadtest.report import Report
+from loadtest.report_file import read_report
 from loadtest.runs import Run
 from loadtest.subject import Subject
 from loadtest.surroundings import Surroundings

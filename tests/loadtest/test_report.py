@@ -20,9 +20,9 @@ from loadtest.report import (
     Report,
     Setup,
     oracle_report,
-    read_report,
     summarise,
 )
+from loadtest.report_file import read_report
 from loadtest.trace import Trace
 from server.ladder import Ladder, Rung
 from vmoe.operating_point import OperatingPoint

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from vmoe.config import load_config
+from vmoe.operating_point import OperatingPoint
+from vmoe.sweep import Interval, SweepPoint
+from vmoe.sweep_report import sweep_markdown
 
 EXPERIMENTS = Path(__file__).parents[2] / "docs" / "experiments"
 PAGES = ("priority-routing", "selected-experts", "adaptive-training", "routing-analysis")
@@ -24,6 +28,27 @@ def test_the_table_of_routing_analysis_is_that_of_its_report() -> None:
             f"| {100 * layer['dropped']:.1f} % | {100 * layer['unserved']:.1f} % |"
         )
         assert row in page
+
+
+def test_the_tables_of_the_sweep_are_those_of_its_report() -> None:
+    models = json.loads((EXPERIMENTS / "sweep.json").read_text())["models"]
+    assert (EXPERIMENTS / "sweep.md").read_text() == sweep_markdown(
+        {name: [_sweep_point(values) for values in points] for name, points in models.items()}
+    )
+
+
+def test_the_table_of_selected_experts_is_an_extract_of_the_sweep() -> None:
+    tables = (EXPERIMENTS / "sweep.md").read_text()
+    rows = re.findall(r"^\| [\d.]+ \|.*\|$", (EXPERIMENTS / "selected-experts.md").read_text(), re.M)
+    assert len(rows) == 4
+    for row in rows:
+        assert row.removesuffix("|") in tables  # its first columns are BPR's
+
+
+def _sweep_point(values: dict[str, Any]) -> SweepPoint:
+    point = None if values["point"] is None else OperatingPoint(**values["point"])
+    intervals = {name: Interval(**values[name]) for name in ("accuracy", "minus_full")}
+    return SweepPoint(**values | intervals | {"point": point, "kept": tuple(values["kept"])})
 
 
 @pytest.mark.parametrize("page", PAGES)
