@@ -118,7 +118,7 @@ class SharedImages:
         """Lets go of what was given up, and replaces it.
 
         Arguments:
-            count: of regions, free and lent. No more than as many again wait to be let go.
+            count: of regions, free and lent. With those that wait to be let go they are never more than twice as many.
             fresh: the server may be another process than it was, which knows none of the regions.
 
         Raises:
@@ -132,7 +132,7 @@ class SharedImages:
             self._give_up(self._free.pop())
         await self._let_go()
         try:
-            while len(self._free) + self._lent < count and len(self._given_up) < count:
+            while len(self._free) + self._lent < count and len(self._given_up) <= count:
                 await self._add()
         except BackendError as error:
             if fresh:
