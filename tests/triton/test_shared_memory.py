@@ -87,9 +87,10 @@ def test_call_when_the_server_has_lost_the_region_then_it_fails_as_not_ready_and
     async def main() -> None:
         client = await sharing(url_of(triton, protocol), 1)
         try:
-            for name in registered(triton):
-                path = f"v2/systemsharedmemory/region/{name}/unregister"
-                httpx.post(f"http://127.0.0.1:{triton.http_port}/{path}").raise_for_status()
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{triton.http_port}") as operator:
+                for name in registered(triton):
+                    answer = await operator.post(f"/v2/systemsharedmemory/region/{name}/unregister")
+                    answer.raise_for_status()
             # It shows, too, that the images were in no message.
             with pytest.raises(CallFailed, match=r"not_ready: .*Unable to find shared memory region"):
                 await client.infer(batch(1), 30.0, 30.0)
