@@ -98,7 +98,7 @@ class Tape:
     def stored(
         self, name: str, make: Callable[[], npt.NDArray[np.generic]], dtype: ir.DataType, shape: tuple[int, ...]
     ) -> ir.Value:
-        """An initializer. Its values are made when it is written: copies of all weights at once would double the memory."""
+        """An initializer. Values are made when it is written: copies of all weights would double the memory."""
 
         def tensor() -> ir.TensorProtocol:
             return ir.tensor(np.ascontiguousarray(make()))
