@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from exporter.bundle import InputType, WeightType
 from exporter.moe_graph import MoeLayers
+from exporter.products import Products
 from exporter.tape import LAYER_NORM_EPSILON, State, Tape
 from vmoe.config import ModelConfig
 from vmoe.preprocess import Preprocessing, scale_and_offset
@@ -31,6 +32,7 @@ def build_graph(
     max_selected_experts: int | None = None,
     class_token_shortcut: bool = True,
     moe_layers: type[MoeLayers] = MoeLayers,
+    products: Products | None = None,
 ) -> ir.Model:
     """The graph of a model, see `exporter.bundle` for its inputs and outputs.
 
@@ -44,10 +46,19 @@ def build_graph(
             block the MLP or the experts' work of all other tokens and, if that block is dense, their queries. Routing
             stays as it is. False is for comparison.
         moe_layers: writes the experts.
+        products: writes the large products; None in float32.
     """
     shortcut = class_token_shortcut and config.classifier == "token"
     return _Builder(
-        config, state, preprocessing, input_type, weight_type, max_selected_experts, shortcut, moe_layers
+        config,
+        state,
+        preprocessing,
+        input_type,
+        weight_type,
+        max_selected_experts,
+        shortcut,
+        moe_layers,
+        products or Products(),
     ).model()
 
 
@@ -64,8 +75,9 @@ class _Builder(Tape):
         max_selected_experts: int | None,
         shortcut: bool,
         moe_layers: type[MoeLayers],
+        products: Products,
     ) -> None:
-        super().__init__(state, weight_type)
+        super().__init__(state, weight_type, products)
         self.config, self.preprocessing, self.input_type = config, preprocessing, input_type
         self.max_selected_experts, self.shortcut, self.moe_layers = max_selected_experts, shortcut, moe_layers
 
@@ -114,10 +126,9 @@ class _Builder(Tape):
         patches = self.op("Transpose", patches, perm=[0, 1, 3, 2, 4, 5])  # before the Cast: a quarter of the bytes
         if self.input_type == "uint8":
             scale, offset = scale_and_offset(self.preprocessing)
-            pixels = self.op("Cast", patches, to=ir.DataType.FLOAT.value)
-            pixels = self.op("Mul", pixels, self.constant(scale, np.float32))
-            patches = self.op("Add", pixels, self.constant(offset, np.float32))
-        tokens = self.linear(self.reshape(patches, -1, height * width * channels), "embedding")
+            tokens = self.products.of_pixels(self, patches, scale, offset, "embedding")
+        else:
+            tokens = self.linear(self.reshape(patches, -1, height * width * channels), "embedding")
         size = config.hidden_size
         tokens = self.reshape(tokens, -1, rows * columns, size)
         if config.position_embedding == "sincos2d":
@@ -133,16 +144,18 @@ class _Builder(Tape):
 
     def _attention(self, rows: ir.Value, name: str) -> ir.Value:
         """(N, D) -> (N, D). The query's 1 / sqrt(head_dim) is folded into the weights that produce it."""
-        query, key, value = self._project(rows, name, "query", "key", "value")
+        operand = self.operand(rows, f"{name}.qkv")
+        query, key, value = self._project(operand, name, "query", "key", "value")
         return self._attend(query, key, value, name)
 
     def _attention_of_class(self, rows: ir.Value, name: str) -> ir.Value:
         """(N, D) -> (B, D): what the class token of every image reads from all its tokens."""
-        (query,) = self._project(self._class_rows(rows), name, "query")
-        key, value = self._project(rows, name, "key", "value")
+        operand = self.operand(rows, f"{name}.qkv")
+        (query,) = self._project(self._class_rows(operand), name, "query")
+        key, value = self._project(operand, name, "key", "value")
         return self._attend(query, key, value, name)
 
-    def _project(self, rows: ir.Value, name: str, *parts: Literal["query", "key", "value"]) -> tuple[ir.Value, ...]:
+    def _project(self, operand: ir.Value, name: str, *parts: Literal["query", "key", "value"]) -> tuple[ir.Value, ...]:
         """(B * T, D) -> (B, T, H, d) for each of some neighbouring parts; T is S, or 1 for the query alone."""
         size, heads, count = self.config.hidden_size, self.config.num_heads, len(parts)
         head_dim = size // heads
@@ -153,11 +166,12 @@ class _Builder(Tape):
             factor = np.repeat([1 / math.sqrt(head_dim), 1, 1][:count], size).astype(np.float32)
         kernel, bias = (f"{name}.qkv.{kind}" for kind in ("weight", "bias"))
         part_of = "" if count == 3 else f".{parts[0]}"
-        product = self.op(
-            "Gemm",
-            rows,
-            self.weight(kernel + part_of, self.state[kernel][columns].T, factor=factor),
-            self.weight(bias + part_of, self.state[bias][columns], factor=factor),
+        product = self.affine(
+            operand,
+            f"{name}.qkv",
+            (kernel + part_of, self.state[kernel][columns].T),
+            (bias + part_of, self.state[bias][columns]),
+            factor,
         )
         tokens = self.config.tokens_per_image if count > 1 else 1
         if count == 1:
