@@ -20,10 +20,11 @@ from typer.testing import CliRunner, Result
 
 import exporter.export
 import exporter.profiling
-from exporter.bundle import Bundle
+from exporter.bundle import Bundle, BundleError
 from exporter.cli import app
 from exporter.parity import ParityError, check_parity, model_answers
 from exporter.profiling import Effort, default_effort, make_points
+from exporter.recover import recover
 from exporter.session import open_session, run
 from tests.exporter.models import SMALL, graph_of, pixels, random_checkpoint, session_of, with_moe
 from vmoe.checkpoint import Checkpoint, save_checkpoint
@@ -82,8 +83,11 @@ def test_export_in_int8_records_scales_agreement_and_accuracy(
     arguments = tuple(str(folder) if argument == "images" else argument for argument in arguments)
     result = export(tmp_path, *options, *arguments, "--point", "0.3,1", "--point", "1,2")
     assert result.exit_code == 0, result.output
-    manifest = Bundle.load(tmp_path / "repository" / "tiny").manifest
+    bundle = Bundle.load(tmp_path / "repository" / "tiny")
+    manifest = bundle.manifest
     assert manifest.weights == "int8"
+    with pytest.raises(BundleError, match="weights rounded to 8 bits; recover the bundle with float32 weights"):
+        recover(bundle)
     assert manifest.quantisation is not None
     # Without other images to compare on, half of the 20 are kept for that.
     assert manifest.quantisation.num_images == (20 if "--images" in arguments else 10)
