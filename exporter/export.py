@@ -40,8 +40,7 @@ from vmoe.sources import find_source, load_source, read_architecture
 MAX_BATCH_SIZE = 32
 # Of `Parity.max_abs_error`: the two runtimes agree to about 1e-5 on trained models.
 TOLERANCE = 1e-4
-# Of `Parity.relative_error`: three times what three small trained models show, and a third of what one activation with
-# a wrong scale does.
+# Of `Parity.relative_error`, chosen: five times what the shipped model shows (docs/quantisation.md).
 INT8_TOLERANCE = 0.1
 
 

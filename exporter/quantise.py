@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,9 @@ from exporter.profiling import images_per_batch
 from vmoe.config import ModelConfig
 from vmoe.data import LabelledImages
 
+# To calibrate on, where there are as many. Chosen: large models are compared on as few as 4, too few for a range.
+FEWEST_IMAGES: Final = 64
+
 
 def pick_images(
     pictures: LabelledImages, test: LabelledImages | None, path: Path, count: int, group: int
@@ -33,13 +37,13 @@ def pick_images(
 
     Arguments:
         path: of the pictures, for the message.
-        count: of either, at most.
+        count: to compare on, at most; to calibrate on, too, but FEWEST_IMAGES where it is fewer.
 
     Raises:
         CalibrationError: there are too few pictures.
     """
     available = len(pictures) if test is not None else len(pictures) // 2
-    taken = min(count, available) // group * group
+    taken = min(max(count, FEWEST_IMAGES), available) // group * group
     if not taken:
         needed = group if test is not None else 2 * group
         raise CalibrationError(f"{path} holds {len(pictures)} images, int8 needs {needed} at least")

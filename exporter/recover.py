@@ -42,7 +42,7 @@ def recover(bundle: Bundle) -> Checkpoint:
     if MODEL_FILE not in manifest.files:
         raise BundleError(f"the manifest of {bundle.directory} has no hash of {MODEL_FILE}, so it cannot be trusted")
     if manifest.weights == "int8":
-        raise BundleError(f"{bundle.directory} holds weights rounded to 8 bits; recover the bundle with float32 weights")
+        raise BundleError(f"{bundle.directory} holds weights rounded to 8 bits; recover the float32 bundle")
     weights = _Weights(bundle, manifest.weights)
     config, state = manifest.architecture, {}
     with torch.device("meta"):

@@ -86,7 +86,7 @@ def test_export_in_int8_records_scales_agreement_and_accuracy(
     bundle = Bundle.load(tmp_path / "repository" / "tiny")
     manifest = bundle.manifest
     assert manifest.weights == "int8"
-    with pytest.raises(BundleError, match="weights rounded to 8 bits; recover the bundle with float32 weights"):
+    with pytest.raises(BundleError, match="weights rounded to 8 bits; recover the float32 bundle"):
         recover(bundle)
     assert manifest.quantisation is not None
     # Without other images to compare on, half of the 20 are kept for that.
