@@ -9,7 +9,7 @@ PROMETHEUS := $(or $(shell command -v prometheus),/usr/bin/prometheus)
 CHROMEDRIVER := $(or $(shell command -v chromedriver),/usr/bin/chromedriver)
 MODEL ?= vmoe-fashion-mnist
 
-.PHONY: serve serve-triton test lint train export loadtest-demo loadtest-picture bench-policy bench-fleet bench-model clean
+.PHONY: serve serve-triton test lint train export loadtest-demo loadtest-picture bench-policy bench-fleet bench-model bench-gateway clean
 
 serve: $(VENV)/.light
 	$(BIN)/python -m server --model-repository model_repository --model $(MODEL)
@@ -56,6 +56,11 @@ bench-policy: $(VENV)/.full
 # The graph against its peers and the machine's matrix product; writes table and plot into docs/bench.
 bench-model: $(VENV)/.full
 	$(BIN)/python -m tests.benchmarks.model_speed
+
+# The gateway against LitServe and plain FastAPI; writes table and plot into docs/bench. Three minutes.
+bench-gateway: $(VENV)/.full $(FASHION_MNIST)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m tests.benchmarks.gateway_peers
 
 # What fleets hold, simulated; prints the tables of docs/scaling.md. Took 13 minutes beside other work.
 bench-fleet: $(VENV)/.full

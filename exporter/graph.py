@@ -62,6 +62,11 @@ def build_graph(
     ).model()
 
 
+def query_factor(config: ModelConfig) -> np.float32:
+    """1 / sqrt(head_dim), folded into what produces the queries of the blocks; `exporter.recover` takes it out."""
+    return np.float32(1 / math.sqrt(config.hidden_size // config.num_heads))
+
+
 class _Builder(Tape):
     """Writes the transformer around the experts. Methods take and return values whose shapes their docstrings give."""
 
@@ -163,7 +168,7 @@ class _Builder(Tape):
         columns = slice(start * size, (start + count) * size)
         factor = None
         if parts[0] == "query" and not self.config.qk_norm:
-            factor = np.repeat([1 / math.sqrt(head_dim), 1, 1][:count], size).astype(np.float32)
+            factor = np.repeat(np.array([query_factor(self.config), 1, 1][:count], np.float32), size)
         kernel, bias = (f"{name}.qkv.{kind}" for kind in ("weight", "bias"))
         part_of = "" if count == 3 else f".{parts[0]}"
         product = self.affine(
@@ -184,9 +189,9 @@ class _Builder(Tape):
 
     def _attend(self, query: ir.Value, key: ir.Value, value: ir.Value, name: str) -> ir.Value:
         """Query (B, T, H, d), key and value (B, S, H, d) -> (B * T, D)."""
-        head_dim = self.config.hidden_size // self.config.num_heads
         if self.config.qk_norm:
-            query_scale = self.weight(f"{name}.query_norm.weight", factor=np.full(head_dim, 1 / math.sqrt(head_dim)))
+            factor = np.full(self.config.hidden_size // self.config.num_heads, query_factor(self.config))
+            query_scale = self.weight(f"{name}.query_norm.weight", factor=factor)
             query = self.op("LayerNormalization", query, query_scale, axis=-1, epsilon=LAYER_NORM_EPSILON)
             key_scale = self.weight(f"{name}.key_norm.weight")
             key = self.op("LayerNormalization", key, key_scale, axis=-1, epsilon=LAYER_NORM_EPSILON)
@@ -221,16 +226,19 @@ class _Builder(Tape):
         return self.linear(pooled, "head")
 
     def _map_head(self, tokens: ir.Value) -> ir.Value:
-        """Attention pooling: (N, D) -> (B, D). The probe's query does not depend on the image: it is a constant."""
-        config, state = self.config, self.state
+        """Attention pooling: (N, D) -> (B, D). The probe's query depends on no image; it is computed at load."""
+        config = self.config
         size, heads = config.hidden_size, config.num_heads
-        query = state["map_head.probe"][0] @ state["map_head.query.weight"].T + state["map_head.query.bias"]
-        query = query.reshape(1, heads, 1, -1)
+        probe = self.reshape(self.weight("map_head.probe"), 1, size)
+        kernel, bias = self.linear_parameters("map_head.query")
+        query = self.op(
+            "Gemm", probe, self.weight(*kernel), self.weight(*bias)
+        )  # float32 whatever the other products are
+        query = self.reshape(query, 1, heads, 1, size // heads)
         if config.qk_norm:
-            centred = query - query.mean(-1, keepdims=True)
-            query = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + LAYER_NORM_EPSILON)
-            query = query * state["map_head.query_norm.weight"]
-        query = query / math.sqrt(size // heads)
+            query_scale = self.weight("map_head.query_norm.weight")
+            query = self.op("LayerNormalization", query, query_scale, axis=-1, epsilon=LAYER_NORM_EPSILON)
+        query = self.op("Mul", query, self.constant(query_factor(config), np.float32))
         key_value = self.linear(tokens, "map_head.key_value")
         key_value = self.reshape(key_value, -1, config.tokens_per_image, 2, heads, size // heads)
         key, value = (
@@ -240,6 +248,6 @@ class _Builder(Tape):
         if config.qk_norm:
             key_scale = self.weight("map_head.key_norm.weight")
             key = self.op("LayerNormalization", key, key_scale, axis=-1, epsilon=LAYER_NORM_EPSILON)
-        mixed = self._mix(self.constant(query, np.float32), key, value)
+        mixed = self._mix(query, key, value)
         pooled = self.linear(mixed, "map_head.out")
         return self.op("Add", pooled, self._mlp(self.layer_norm(pooled, "map_head.norm"), "map_head.mlp"))

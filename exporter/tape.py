@@ -5,7 +5,7 @@ Axes: N rows of a 2-D matrix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -86,16 +86,24 @@ class Tape:
         dtype, ir_type = STORED_TYPES[self.weight_type]
         scaled = factor if self.weight_type == "float32" else None
 
-        def stored_tensor() -> ir.TensorProtocol:
-            return ir.tensor(np.ascontiguousarray(array if scaled is None else array * scaled, dtype=dtype))
+        def values_to_store() -> npt.NDArray[np.generic]:
+            return np.asarray(array if scaled is None else array * scaled, dtype=dtype)
 
-        # Made when it is written: transposed copies of all weights at once would double the memory.
-        tensor = ir.LazyTensor(stored_tensor, dtype=ir_type, shape=ir.Shape(array.shape), name=name)
-        stored = self._tape.initializer(tensor, name=name)
+        stored = self.stored(name, values_to_store, ir_type, array.shape)
         if self.weight_type == "float32":
             return stored
         wide = self.op("Cast", stored, to=ir.DataType.FLOAT.value)
         return wide if factor is None else self.op("Mul", wide, self.constant(factor, np.float32))
+
+    def stored(
+        self, name: str, make: Callable[[], npt.NDArray[np.generic]], dtype: ir.DataType, shape: tuple[int, ...]
+    ) -> ir.Value:
+        """An initializer. Values are made when it is written: copies of all weights would double the memory."""
+
+        def tensor() -> ir.TensorProtocol:
+            return ir.tensor(np.ascontiguousarray(make()))
+
+        return self._tape.initializer(ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape), name=name), name=name)
 
     def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
         return self.op("Reshape", value, self.constant(shape))
