@@ -72,8 +72,10 @@ bench-fleet: $(VENV)/.full
 	$(BIN)/python -m tests.benchmarks.fleet
 
 # Four small models (BPR, BPR at random points, vanilla, dense) and what docs/experiments says about their routing. Goes on
-# where it was stopped. One training is about 5 minutes of one undisturbed core, the sweep 3 per sparse model.
+# where it was stopped. One training is about 5 minutes of one undisturbed core, the first sweep 3 per sparse model, the second
+# (fewer points, all test images) 1.
 ROUTING_RUNS := plain adaptive vanilla dense
+ADAPTIVE_RUNS := plain adaptive vanilla
 ROUTING_TRAIN := $(BIN)/python -m vmoe train --epochs 2 --warmup-steps 200 --average-decay 0.995 --flip 0 --shift 0.02 \
 	--scale 0.02 --erase 0 --autocast none --resume
 .PHONY: experiments-routing
@@ -84,6 +86,9 @@ experiments-routing: $(VENV)/.full $(FASHION_MNIST)
 	$(ROUTING_TRAIN) --config docs/experiments/configs/small_dense.json --output runs/routing/dense
 	$(BIN)/python -m vmoe sweep $(ROUTING_RUNS:%=runs/routing/%/checkpoint) --limit 1000 --seeds 1 \
 		--json docs/experiments/sweep.json --markdown docs/experiments/sweep.md --plot docs/experiments/sweep.png
+	$(BIN)/python -m vmoe sweep $(ADAPTIVE_RUNS:%=runs/routing/%/checkpoint) --routing bpr --group-images 1 \
+		--capacity-factor 0.25 --capacity-factor 0.5 --capacity-factor 1 --selected-experts 1 --selected-experts 2 \
+		--json docs/experiments/adaptive-training.json
 	$(BIN)/python -m vmoe show-routing runs/routing/plain/checkpoint --plot docs/experiments/kept-patches.png
 	$(BIN)/python -m vmoe routing-analysis runs/routing/plain/checkpoint --limit 2000 \
 		--json docs/experiments/routing-analysis.json --plot docs/experiments/routing-analysis.png
