@@ -222,7 +222,7 @@ class MoeLayers:
         sizes = self.op("ReduceSum", count, self.constant([1, 2]), keepdims=0)
         pairs = self._pairs(slots)
         rows = self.op("Gather", normed, self.op("Div", pairs, self.constant(self.choices)), axis=0)
-        rows_of = self.outputs(self.moe.num_experts, "Split", rows, sizes, axis=0)
+        rows_of = self.outputs(self.moe.num_experts, "Split", self._operand(rows, name), sizes, axis=0)
         answers = self.op("Concat", *(self._expert(rows_of[e], e, name) for e in range(len(rows_of))), axis=0)  # (P, D)
         return self.combine(residual, weights, pairs, answers)
 
@@ -234,12 +234,17 @@ class MoeLayers:
         combined = self.op("MatMul", weights, self.reshape(placed, -1, self.choices, size))  # (N, 1, D)
         return self.op("Add", residual, self.reshape(combined, -1, size))
 
-    def _expert(self, rows: ir.Value, expert: int, name: str) -> ir.Value:
+    def _operand(self, rows: ir.Value, name: str) -> ir.Value:
+        """What `_expert` takes, from rows (any, D); one for all experts."""
+        return self.tape.operand(rows, f"{name}.experts.input")
+
+    def _expert(self, operand: ir.Value, expert: int, name: str) -> ir.Value:
         """(any, D) -> (any, D)."""
+        tape, inputs, hidden_name = self.tape, f"{name}.experts.input", f"{name}.experts.hidden"
         weight_in, bias_in, weight_out, bias_out = (
-            self.tape.weight(f"{name}.experts.{expert}.{part}", self.tape.state[f"{name}.experts.{part}"][expert])
+            (f"{name}.experts.{expert}.{part}", tape.state[f"{name}.experts.{part}"][expert])
             for part in ("weight_in", "bias_in", "weight_out", "bias_out")
         )
-        hidden = self.op("Gemm", rows, weight_in, bias_in)
+        hidden = tape.affine(operand, inputs, weight_in, bias_in)
         hidden = self.op("Gelu", hidden, approximate=self.config.gelu_approximation)
-        return self.op("Gemm", hidden, weight_out, bias_out)
+        return tape.affine(tape.operand(hidden, hidden_name), hidden_name, weight_out, bias_out)

@@ -1,4 +1,4 @@
-"""Training: AdamW with warm-up and cosine decay, optional mixup, weight averaging and random operating points.
+"""Training: AdamW with warm-up and cosine decay, mixup, weight averaging, random operating points and distillation.
 
 A run is a function of its configuration: data order, augmentation, router noise and operating points of a step are
 drawn from generators seeded by (seed, step), never from a state that a checkpoint would have to carry. A resumed run is
@@ -55,6 +55,8 @@ class TrainConfig:
         flip, shift, scale, erase: see `augment.augment`.
         adaptive: share of the images of a step that get a random operating point (K uniform in 1..K, C uniform between
             `adaptive_min_capacity_factor` and the configured C) instead of the configured one. 0 trains one point only.
+        distill: share of the averaged model's answer at the full point in the targets of the images with a random
+            point ("in-place distillation", 1903.05134); 0 leaves them the labels alone.
         autocast: `bfloat16` or `none`.
         clip_norm: largest norm of the gradient.
         optimizer: `adamw`, or `sgd` with momentum 0.9.
@@ -78,6 +80,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     seed: int = 0
     optimizer: str = "adamw"
+    distill: float = 0.0
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
@@ -86,6 +89,10 @@ class TrainConfig:
             raise ValueError(f"autocast must be 'bfloat16' or 'none', got {self.autocast!r}")
         if self.optimizer not in ("adamw", "sgd"):
             raise ValueError(f"optimizer must be 'adamw' or 'sgd', got {self.optimizer!r}")
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f"distill must be between 0 and 1, got {self.distill}")
+        if self.distill > 0 and self.adaptive <= 0:
+            raise ValueError(f"distill is {self.distill}, but no image has a random point: set adaptive above 0")
 
 
 class Trainer:
@@ -115,6 +122,7 @@ class Trainer:
         self.model = VisionTransformer(model_config).to(device)
         self._forward = self.model if shard.count == 1 else DistributedDataParallel(self.model, broadcast_buffers=False)
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        self._teacher: VisionTransformer | None = None
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
         parameters: list[dict[str, Any]] = [
@@ -141,7 +149,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(
             int(np.random.SeedSequence([config.seed, self.step]).generate_state(1)[0])
         )
-        images, targets = self._batch()
+        images, classes = self._batch()
         with torch.no_grad():
             inputs = torch.from_numpy(images).to(self.device).float() * self._scale + self._offset
             inputs = augment(
@@ -154,11 +162,15 @@ class Trainer:
                 shard=self.shard,
             )
             labels = functional.one_hot(
-                torch.from_numpy(targets).to(self.device), self.model.config.num_classes
+                torch.from_numpy(classes).to(self.device), self.model.config.num_classes
             ).float()
             if config.mixup > 0:
                 inputs, labels = mixup(inputs, labels, config.mixup, self.step, config.seed, self.shard)
         slots, num_selected = self._operating_points(config.batch_size, generator)
+        smooth = config.label_smoothing
+        targets = labels * (1 - smooth) + smooth / labels.shape[1]
+        if config.distill > 0 and slots is not None:
+            targets = self._distil(inputs, targets, slots)
         noise = torch.Generator(self.device).manual_seed(generator.initial_seed())
         rate = learning_rate(self.step, self.num_steps, config)
         for group in self.optimizer.param_groups:
@@ -176,7 +188,7 @@ class Trainer:
                 shard=self.shard,
             )
         logits = output.logits.float()
-        loss = functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        loss = functional.cross_entropy(logits, targets)
         self.optimizer.zero_grad(set_to_none=True)
         (loss + output.auxiliary_loss).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
@@ -225,6 +237,7 @@ class Trainer:
         """Begins with the weights of another run instead of random ones."""
         self.model.load_state_dict(state)
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        self._teacher = None
 
     def resume(self, directory: Path, average: dict[str, Tensor]) -> None:
         """Continues a saved run exactly.
@@ -249,6 +262,7 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
         self.average = {name: value.to(self.device) for name, value in average.items()}
+        self._teacher = None
         self.step = int(progress["step"])
 
     def _batch(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -281,6 +295,28 @@ class Trainer:
         num_selected = torch.tensor([p.num_selected_experts for p in points]).repeat_interleave(group, 0)
         rows = self.shard.rows(batch)
         return slots[rows].to(self.device), num_selected[rows].to(self.device)
+
+    @torch.no_grad()
+    def _distil(self, inputs: Tensor, targets: Tensor, slots: Tensor) -> Tensor:
+        """Mixes the averaged model's answers into the targets (N, classes) of images that are not at the full point.
+
+        One with a random point that happens to buy the full point's slots keeps its labels.
+        """
+        config = self.model.config
+        assert config.operating_point is not None
+        full = torch.tensor(config.slots(config.operating_point), device=self.device)
+        rows = (slots < full).any(1).nonzero()[:, 0]
+        if len(rows) == 0:
+            return targets
+        if self._teacher is None:
+            # Shares the tensors of the average, so it is always as new as that.
+            self._teacher = VisionTransformer(config).to(self.device).eval()
+            self._teacher.load_state_dict(self.average, assign=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bfloat16"):
+            answers = self._teacher(inputs[rows]).logits.float().softmax(-1)
+        mixed = targets.clone()
+        mixed[rows] = torch.lerp(targets[rows], answers, self.config.distill)
+        return mixed
 
     @torch.no_grad()
     def _update_average(self) -> None:

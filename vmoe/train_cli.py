@@ -45,6 +45,9 @@ ShiftOption = Annotated[float, typer.Option(help="Augmentation: largest shift as
 ScaleOption = Annotated[float, typer.Option(help="Augmentation: largest zoom, ratio minus 1.")]
 EraseOption = Annotated[float, typer.Option(help="Augmentation: probability of an erased rectangle.")]
 AdaptiveOption = Annotated[float, typer.Option(help="Share of images that get a random (C, K) in each step.")]
+DistillOption = Annotated[
+    float, typer.Option(help="Share of the model's own answer at the full point in the targets of those images.")
+]
 AutocastOption = Annotated[str, typer.Option(help="bfloat16, none, or auto: bfloat16 where it is fast.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there is one.")]
 ResumeOption = Annotated[bool, typer.Option(help="Continue the run in --output if it holds a checkpoint.")]
@@ -78,6 +81,7 @@ def train(
     erase: EraseOption = DEFAULTS.erase,
     adaptive: AdaptiveOption = DEFAULTS.adaptive,
     adaptive_min_capacity_factor: float = DEFAULTS.adaptive_min_capacity_factor,
+    distill: DistillOption = DEFAULTS.distill,
     autocast: AutocastOption = "auto",
     clip_norm: float = DEFAULTS.clip_norm,
     optimizer: Annotated[str, typer.Option(help="adamw or sgd (momentum 0.9).")] = DEFAULTS.optimizer,
@@ -98,7 +102,7 @@ def train(
             weight_decay=weight_decay, label_smoothing=label_smoothing, mixup=mixup, average_decay=average_decay,
             flip=flip, shift=shift, scale=scale, erase=erase, adaptive=adaptive,
             adaptive_min_capacity_factor=adaptive_min_capacity_factor, autocast=choose_autocast(autocast, device),
-            clip_norm=clip_norm, optimizer=optimizer, seed=seed,
+            clip_norm=clip_norm, optimizer=optimizer, seed=seed, distill=distill,
         )  # fmt: skip
         model_config = VARIANTS[variant] if config is None else load_config(config)
         if routing is not None:
@@ -144,6 +148,7 @@ def finetune(
     erase: EraseOption = FINE_TUNING.erase,
     adaptive: AdaptiveOption = FINE_TUNING.adaptive,
     adaptive_min_capacity_factor: float = FINE_TUNING.adaptive_min_capacity_factor,
+    distill: DistillOption = FINE_TUNING.distill,
     autocast: AutocastOption = "auto",
     clip_norm: float = FINE_TUNING.clip_norm,
     optimizer: Annotated[str, typer.Option(help="sgd (momentum 0.9), as the reference, or adamw.")] = (
@@ -163,7 +168,7 @@ def finetune(
             weight_decay=weight_decay, label_smoothing=label_smoothing, mixup=mixup, average_decay=average_decay,
             flip=flip, shift=shift, scale=scale, erase=erase, adaptive=adaptive,
             adaptive_min_capacity_factor=adaptive_min_capacity_factor, autocast=choose_autocast(autocast, device),
-            clip_norm=clip_norm, optimizer=optimizer, seed=seed,
+            clip_norm=clip_norm, optimizer=optimizer, seed=seed, distill=distill,
         )  # fmt: skip
         hints = Hints(
             image_size=None if image_size is None else parse_image_size(image_size),

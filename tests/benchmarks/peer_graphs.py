@@ -24,9 +24,10 @@ class MaskedLayers(MoeLayers):
         mask = self.op("ScatterElements", blank, place, filled, axis=1, reduction="add")
         mask = self.op("Mul", mask, self.reshape(weights, 1, -1))  # (E, N * K)
         by_expert = self.op("ReduceSum", self.reshape(mask, experts, -1, self.choices), self.constant([2]))  # (E, N, 1)
+        operand = self._operand(normed, name)
         for e in range(experts):
             weight = self.op("Gather", by_expert, self.constant(e), axis=0)
-            residual = self.op("Add", residual, self.op("Mul", self._expert(normed, e, name), weight))
+            residual = self.op("Add", residual, self.op("Mul", self._expert(operand, e, name), weight))
         return residual
 
 

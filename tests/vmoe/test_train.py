@@ -54,12 +54,13 @@ def optimizer_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     ("config", "changes"),
     [
         (CONFIG, {"mixup": 0.2, "adaptive": 0.5}),
+        (CONFIG, {"adaptive": 0.5, "distill": 0.5}),
         (CONFIG, {"autocast": "bfloat16"}),
         (CONFIG, {"optimizer": "sgd"}),
         (replace(CONFIG, moe=replace(MOE, group_images=2), position_embedding="learned"), {"adaptive": 1.0}),
         (DENSE, {}),
     ],
-    ids=["adaptive-mixup", "bfloat16", "sgd", "groups", "dense"],
+    ids=["adaptive-mixup", "distill", "bfloat16", "sgd", "groups", "dense"],
 )
 def test_run_of_six_steps_equals_three_and_three_after_a_resume_bit_for_bit(
     tmp_path: Path, config: ModelConfig, changes: dict[str, Any]
@@ -239,6 +240,38 @@ def test_adaptive_draws_are_shared_by_the_images_of_a_group() -> None:
     assert torch.equal(selected[::2], selected[1::2])
     assert len(slots[:, 0].unique()) > 20
     assert slots.max() <= 64  # a group of 2 has 128 tokens: ceil(128 * 2 / 4)
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, moe=replace(MOE, group_images=2))], ids=["image", "group"])
+def test_distillation_mixes_the_averages_answer_at_the_full_point_into_the_targets_of_reduced_images(
+    config: ModelConfig,
+) -> None:
+    trainer = trainer_of(config, adaptive=0.5, distill=0.25)
+    run(trainer, 3)  # so that average and weights differ, and the average is not that of the first call
+    inputs = torch.randn(6, *config.image_size, config.channels)
+    targets = torch.eye(config.num_classes)[torch.arange(6) % config.num_classes]
+    assert config.operating_point is not None
+    full = torch.tensor(config.slots(config.operating_point))
+    slots = full.repeat(6, 1)
+    slots[2:4, 0] -= 1
+    mixed = trainer._distil(inputs, targets, slots)
+    answers = trainer.averaged_model()(inputs).logits.softmax(-1)
+    assert torch.equal(mixed[[0, 1, 4, 5]], targets[[0, 1, 4, 5]])
+    torch.testing.assert_close(mixed[2:4], 0.75 * targets[2:4] + 0.25 * answers[2:4], rtol=0, atol=1e-6)
+    assert not torch.allclose(mixed[2:4], targets[2:4])
+
+
+def test_distillation_changes_what_a_run_learns() -> None:
+    with_it, without = trainer_of(adaptive=1.0, distill=0.5), trainer_of(adaptive=1.0)
+    assert run(with_it, 3) != run(without, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"distill": 1.5, "adaptive": 1.0}, "1.5"), ({"distill": 0.5}, "adaptive")]
+)
+def test_distillation_out_of_range_or_without_random_points_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        replace(SETTINGS, **changes)
 
 
 def test_without_adaptive_every_image_gets_the_configured_point() -> None:
