@@ -1,4 +1,4 @@
-"""`python -m exporter`: a trained checkpoint becomes a bundle that the gateway and Triton serve."""
+"""`python -m exporter`: a trained checkpoint becomes a bundle that the gateway and Triton serve, and back."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import contextlib
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from exporter.bundle import Bundle, Manifest
 from exporter.measure import measure_bundle
@@ -26,7 +27,17 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # absolute, in logits; the two runtimes agree to about 1e-5 on trained models
 
-app = typer.Typer(add_completion=False)
+
+class _ExportByDefault(TyperGroup):
+    """`python -m exporter CHECKPOINT` is `python -m exporter export CHECKPOINT`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # typer brings its own click, whose names are private
+        if not args or (args[0] not in self.commands and args[0] != "--help"):
+            args = ["export", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=_ExportByDefault, add_completion=False, help="Without a command: export.")
 console = Console(stderr=True)
 
 
@@ -240,6 +251,22 @@ def export(
             manifest = export_checkpoint(out / name, options, console)
     _print_points(manifest)
     console.print(f"{out / name} is ready")
+
+
+@app.command()
+def recover(
+    bundle: Annotated[Path, typer.Argument(help="Directory of a bundle, such as model_repository/vmoe-fashion-mnist.")],
+    output: Annotated[Path, typer.Option(help="New directory for the checkpoint.")],
+) -> None:
+    """Turns BUNDLE back into a checkpoint, to fine-tune, evaluate or export it."""
+    with _clear_errors():
+        from exporter.recover import recover as checkpoint_of  # imports torch, see `export`
+        from vmoe.checkpoint import save_checkpoint
+
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise typer.BadParameter(f"{output} exists and is not an empty directory: give a new one")
+        save_checkpoint(output, checkpoint_of(Bundle.load(bundle)))
+        console.print(f"{output} is ready")
 
 
 def _print_plan(planned: Plan) -> None:

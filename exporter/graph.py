@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from exporter.bundle import InputType, WeightType
 from exporter.moe_graph import MoeLayers
+from exporter.products import Products
 from exporter.tape import LAYER_NORM_EPSILON, State, Tape
 from vmoe.config import ModelConfig
 from vmoe.preprocess import Preprocessing, scale_and_offset
@@ -31,6 +32,7 @@ def build_graph(
     max_selected_experts: int | None = None,
     class_token_shortcut: bool = True,
     moe_layers: type[MoeLayers] = MoeLayers,
+    products: Products | None = None,
 ) -> ir.Model:
     """The graph of a model, see `exporter.bundle` for its inputs and outputs.
 
@@ -44,11 +46,25 @@ def build_graph(
             block the MLP or the experts' work of all other tokens and, if that block is dense, their queries. Routing
             stays as it is. False is for comparison.
         moe_layers: writes the experts.
+        products: writes the large products; None in float32.
     """
     shortcut = class_token_shortcut and config.classifier == "token"
     return _Builder(
-        config, state, preprocessing, input_type, weight_type, max_selected_experts, shortcut, moe_layers
+        config,
+        state,
+        preprocessing,
+        input_type,
+        weight_type,
+        max_selected_experts,
+        shortcut,
+        moe_layers,
+        products or Products(),
     ).model()
+
+
+def query_factor(config: ModelConfig) -> np.float32:
+    """1 / sqrt(head_dim), folded into what produces the queries of the blocks; `exporter.recover` takes it out."""
+    return np.float32(1 / math.sqrt(config.hidden_size // config.num_heads))
 
 
 class _Builder(Tape):
@@ -64,8 +80,9 @@ class _Builder(Tape):
         max_selected_experts: int | None,
         shortcut: bool,
         moe_layers: type[MoeLayers],
+        products: Products,
     ) -> None:
-        super().__init__(state, weight_type)
+        super().__init__(state, weight_type, products)
         self.config, self.preprocessing, self.input_type = config, preprocessing, input_type
         self.max_selected_experts, self.shortcut, self.moe_layers = max_selected_experts, shortcut, moe_layers
 
@@ -114,10 +131,9 @@ class _Builder(Tape):
         patches = self.op("Transpose", patches, perm=[0, 1, 3, 2, 4, 5])  # before the Cast: a quarter of the bytes
         if self.input_type == "uint8":
             scale, offset = scale_and_offset(self.preprocessing)
-            pixels = self.op("Cast", patches, to=ir.DataType.FLOAT.value)
-            pixels = self.op("Mul", pixels, self.constant(scale, np.float32))
-            patches = self.op("Add", pixels, self.constant(offset, np.float32))
-        tokens = self.linear(self.reshape(patches, -1, height * width * channels), "embedding")
+            tokens = self.products.of_pixels(self, patches, scale, offset, "embedding")
+        else:
+            tokens = self.linear(self.reshape(patches, -1, height * width * channels), "embedding")
         size = config.hidden_size
         tokens = self.reshape(tokens, -1, rows * columns, size)
         if config.position_embedding == "sincos2d":
@@ -133,16 +149,18 @@ class _Builder(Tape):
 
     def _attention(self, rows: ir.Value, name: str) -> ir.Value:
         """(N, D) -> (N, D). The query's 1 / sqrt(head_dim) is folded into the weights that produce it."""
-        query, key, value = self._project(rows, name, "query", "key", "value")
+        operand = self.operand(rows, f"{name}.qkv")
+        query, key, value = self._project(operand, name, "query", "key", "value")
         return self._attend(query, key, value, name)
 
     def _attention_of_class(self, rows: ir.Value, name: str) -> ir.Value:
         """(N, D) -> (B, D): what the class token of every image reads from all its tokens."""
-        (query,) = self._project(self._class_rows(rows), name, "query")
-        key, value = self._project(rows, name, "key", "value")
+        operand = self.operand(rows, f"{name}.qkv")
+        (query,) = self._project(self._class_rows(operand), name, "query")
+        key, value = self._project(operand, name, "key", "value")
         return self._attend(query, key, value, name)
 
-    def _project(self, rows: ir.Value, name: str, *parts: Literal["query", "key", "value"]) -> tuple[ir.Value, ...]:
+    def _project(self, operand: ir.Value, name: str, *parts: Literal["query", "key", "value"]) -> tuple[ir.Value, ...]:
         """(B * T, D) -> (B, T, H, d) for each of some neighbouring parts; T is S, or 1 for the query alone."""
         size, heads, count = self.config.hidden_size, self.config.num_heads, len(parts)
         head_dim = size // heads
@@ -150,14 +168,15 @@ class _Builder(Tape):
         columns = slice(start * size, (start + count) * size)
         factor = None
         if parts[0] == "query" and not self.config.qk_norm:
-            factor = np.repeat([1 / math.sqrt(head_dim), 1, 1][:count], size).astype(np.float32)
+            factor = np.repeat(np.array([query_factor(self.config), 1, 1][:count], np.float32), size)
         kernel, bias = (f"{name}.qkv.{kind}" for kind in ("weight", "bias"))
         part_of = "" if count == 3 else f".{parts[0]}"
-        product = self.op(
-            "Gemm",
-            rows,
-            self.weight(kernel + part_of, self.state[kernel][columns].T, factor=factor),
-            self.weight(bias + part_of, self.state[bias][columns], factor=factor),
+        product = self.affine(
+            operand,
+            f"{name}.qkv",
+            (kernel + part_of, self.state[kernel][columns].T),
+            (bias + part_of, self.state[bias][columns]),
+            factor,
         )
         tokens = self.config.tokens_per_image if count > 1 else 1
         if count == 1:
@@ -170,9 +189,9 @@ class _Builder(Tape):
 
     def _attend(self, query: ir.Value, key: ir.Value, value: ir.Value, name: str) -> ir.Value:
         """Query (B, T, H, d), key and value (B, S, H, d) -> (B * T, D)."""
-        head_dim = self.config.hidden_size // self.config.num_heads
         if self.config.qk_norm:
-            query_scale = self.weight(f"{name}.query_norm.weight", factor=np.full(head_dim, 1 / math.sqrt(head_dim)))
+            factor = np.full(self.config.hidden_size // self.config.num_heads, query_factor(self.config))
+            query_scale = self.weight(f"{name}.query_norm.weight", factor=factor)
             query = self.op("LayerNormalization", query, query_scale, axis=-1, epsilon=LAYER_NORM_EPSILON)
             key_scale = self.weight(f"{name}.key_norm.weight")
             key = self.op("LayerNormalization", key, key_scale, axis=-1, epsilon=LAYER_NORM_EPSILON)
@@ -207,16 +226,19 @@ class _Builder(Tape):
         return self.linear(pooled, "head")
 
     def _map_head(self, tokens: ir.Value) -> ir.Value:
-        """Attention pooling: (N, D) -> (B, D). The probe's query does not depend on the image: it is a constant."""
-        config, state = self.config, self.state
+        """Attention pooling: (N, D) -> (B, D). The probe's query depends on no image; it is computed at load."""
+        config = self.config
         size, heads = config.hidden_size, config.num_heads
-        query = state["map_head.probe"][0] @ state["map_head.query.weight"].T + state["map_head.query.bias"]
-        query = query.reshape(1, heads, 1, -1)
+        probe = self.reshape(self.weight("map_head.probe"), 1, size)
+        kernel, bias = self.linear_parameters("map_head.query")
+        query = self.op(
+            "Gemm", probe, self.weight(*kernel), self.weight(*bias)
+        )  # float32 whatever the other products are
+        query = self.reshape(query, 1, heads, 1, size // heads)
         if config.qk_norm:
-            centred = query - query.mean(-1, keepdims=True)
-            query = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + LAYER_NORM_EPSILON)
-            query = query * state["map_head.query_norm.weight"]
-        query = query / math.sqrt(size // heads)
+            query_scale = self.weight("map_head.query_norm.weight")
+            query = self.op("LayerNormalization", query, query_scale, axis=-1, epsilon=LAYER_NORM_EPSILON)
+        query = self.op("Mul", query, self.constant(query_factor(config), np.float32))
         key_value = self.linear(tokens, "map_head.key_value")
         key_value = self.reshape(key_value, -1, config.tokens_per_image, 2, heads, size // heads)
         key, value = (
@@ -226,6 +248,6 @@ class _Builder(Tape):
         if config.qk_norm:
             key_scale = self.weight("map_head.key_norm.weight")
             key = self.op("LayerNormalization", key, key_scale, axis=-1, epsilon=LAYER_NORM_EPSILON)
-        mixed = self._mix(self.constant(query, np.float32), key, value)
+        mixed = self._mix(query, key, value)
         pooled = self.linear(mixed, "map_head.out")
         return self.op("Add", pooled, self._mlp(self.layer_norm(pooled, "map_head.norm"), "map_head.mlp"))

@@ -191,16 +191,18 @@ class MoeLayers:
         def split(value: ir.Value) -> tuple[ir.Value, ...]:
             return self.outputs(self.moe.num_experts, "Split", value, sizes, axis=0)
 
-        rows = split(self.op("Gather", normed, token, axis=0))
+        tape, state = self.tape, self.tape.state
+        inputs, hidden_name = f"{name}.experts.input", f"{name}.experts.hidden"  # one operand each for all experts
+        rows = split(tape.operand(self.op("Gather", normed, token, axis=0), inputs))
         tokens, weights = split(self.reshape(token, -1, 1)), split(self.reshape(gate, -1, 1))
         for e in range(self.moe.num_experts):
-            parts = [
-                self.tape.weight(f"{name}.experts.{e}.{part}", self.tape.state[f"{name}.experts.{part}"][e])
+            weight_in, bias_in, weight_out, bias_out = (
+                (f"{name}.experts.{e}.{part}", state[f"{name}.experts.{part}"][e])
                 for part in ("weight_in", "bias_in", "weight_out", "bias_out")
-            ]
-            hidden = self.op(
-                "Gelu", self.op("Gemm", rows[e], parts[0], parts[1]), approximate=self.config.gelu_approximation
             )
-            output = self.op("Mul", self.op("Gemm", hidden, parts[2], parts[3]), weights[e])
+            hidden = tape.affine(rows[e], inputs, weight_in, bias_in)
+            hidden = self.op("Gelu", hidden, approximate=self.config.gelu_approximation)
+            output = tape.affine(tape.operand(hidden, hidden_name), hidden_name, weight_out, bias_out)
+            output = self.op("Mul", output, weights[e])
             residual = self.op("ScatterND", residual, tokens[e], output, reduction="add")
         return residual

@@ -5,7 +5,7 @@ Axes: N rows of a 2-D matrix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from exporter.bundle import WeightType
+from exporter.products import Parameter, Products
 
 LAYER_NORM_EPSILON = 1e-6
 
@@ -30,10 +31,11 @@ class Tape:
     Attributes:
         state: parameters under the names of `vmoe.model.VisionTransformer.state_dict`.
         weight_type: in which they are stored.
+        products: writes the large products.
     """
 
-    def __init__(self, state: State, weight_type: WeightType) -> None:
-        self.state, self.weight_type = state, weight_type
+    def __init__(self, state: State, weight_type: WeightType, products: Products) -> None:
+        self.state, self.weight_type, self.products = state, weight_type, products
         self._tape = ir.tape.Tape()
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
@@ -84,24 +86,60 @@ class Tape:
         dtype, ir_type = STORED_TYPES[self.weight_type]
         scaled = factor if self.weight_type == "float32" else None
 
-        def stored_tensor() -> ir.TensorProtocol:
-            return ir.tensor(np.ascontiguousarray(array if scaled is None else array * scaled, dtype=dtype))
+        def values_to_store() -> npt.NDArray[np.generic]:
+            return np.asarray(array if scaled is None else array * scaled, dtype=dtype)
 
-        # Made when it is written: transposed copies of all weights at once would double the memory.
-        tensor = ir.LazyTensor(stored_tensor, dtype=ir_type, shape=ir.Shape(array.shape), name=name)
-        stored = self._tape.initializer(tensor, name=name)
+        stored = self.stored(name, values_to_store, ir_type, array.shape)
         if self.weight_type == "float32":
             return stored
         wide = self.op("Cast", stored, to=ir.DataType.FLOAT.value)
         return wide if factor is None else self.op("Mul", wide, self.constant(factor, np.float32))
 
+    def stored(
+        self, name: str, make: Callable[[], npt.NDArray[np.generic]], dtype: ir.DataType, shape: tuple[int, ...]
+    ) -> ir.Value:
+        """An initializer. Values are made when it is written: copies of all weights would double the memory."""
+
+        def tensor() -> ir.TensorProtocol:
+            return ir.tensor(np.ascontiguousarray(make()))
+
+        return self._tape.initializer(ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape), name=name), name=name)
+
     def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
         return self.op("Reshape", value, self.constant(shape))
 
     def linear(self, rows: ir.Value, name: str) -> ir.Value:
-        """(N, in) -> (N, out); the weight is (out, in) as torch stores it."""
-        weight = self.weight(f"{name}.weight", self.state[f"{name}.weight"].T)
-        return self.op("Gemm", rows, weight, self.weight(f"{name}.bias"))
+        """(N, in) -> (N, out)."""
+        return self.affine(self.operand(rows, name), name, *self.linear_parameters(name))
+
+    def linear_parameters(self, name: str) -> tuple[Parameter, Parameter]:
+        """Weight (in, out), which torch stores as (out, in), and bias (out,)."""
+        weight, bias = f"{name}.weight", f"{name}.bias"
+        return (weight, self.state[weight].T), (bias, self.state[bias])
+
+    def operand(self, rows: ir.Value, reads: str) -> ir.Value:
+        """Rows (N, in) in the form in which `affine` takes them; moving rows about keeps that form.
+
+        Arguments:
+            reads: name of the activation. Products of the same activation share its operand.
+        """
+        return self.products.operand(self, rows, reads)
+
+    def affine(
+        self,
+        operand: ir.Value,
+        reads: str,
+        weight: Parameter,
+        bias: Parameter,
+        factor: npt.NDArray[np.float32] | None = None,
+    ) -> ir.Value:
+        """(N, in) -> (N, out): operand @ weight + bias, both times `factor`, see `weight`.
+
+        Arguments:
+            operand: rows of the operand of the activation `reads`.
+            weight: (in, out).
+        """
+        return self.products.affine(self, operand, reads, weight, bias, factor)
 
     def layer_norm(self, rows: ir.Value, name: str) -> ir.Value:
         scale, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")

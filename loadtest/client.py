@@ -197,11 +197,12 @@ class Client:
 
 
 @asynccontextmanager
-async def connect(url: str, timeout_s: float) -> AsyncIterator[Client]:
+async def connect(url: str, timeout_s: float, target: Target | None = None) -> AsyncIterator[Client]:
     """A client for the gateway at `url`.
 
     Arguments:
         timeout_s: for one request.
+        target: what is there, where it is not to be asked.
 
     Raises:
         TargetError: nobody answers there, or not as a gateway.
@@ -215,7 +216,7 @@ async def connect(url: str, timeout_s: float) -> AsyncIterator[Client]:
         skip_auto_headers=("Accept-Encoding", "User-Agent"),
     )
     async with session:
-        yield Client(session, await _describe(session, url.rstrip("/")))
+        yield Client(session, target or await _describe(session, url.rstrip("/")))
 
 
 async def _describe(session: aiohttp.ClientSession, url: str) -> Target:

@@ -8,10 +8,8 @@ time per request, medians over the turns, and their ratios.
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -24,17 +22,17 @@ import server.app
 from loadtest.images import Images
 from loadtest.subject import Subject
 from server.cli import main as serve
+from tests.benchmarks import process_tree
 from tests.benchmarks.live_gateway import BUNDLE, POLICIES, gateway, pin, put_policy, read_images, saturate
 
 WAYS = ("short cut", "framework")
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def turn(pid: int, url: str, images: Images) -> tuple[float, float]:
     """Images per second, and processor seconds of process `pid` per image."""
-    before_s = _cpu_s(pid)
+    before_s = process_tree.cpu_s(pid)
     rate_hz, answers = asyncio.run(saturate(url, images))
-    return rate_hz, (_cpu_s(pid) - before_s) / answers
+    return rate_hz, (process_tree.cpu_s(pid) - before_s) / answers
 
 
 def main(turns: Annotated[int, typer.Option(min=1)] = 5) -> None:
@@ -57,12 +55,6 @@ def main(turns: Annotated[int, typer.Option(min=1)] = 5) -> None:
     ratio = medians["short cut"] / medians["framework"]
     table.add_row("ratio", f"{ratio[0]:.2f}", f"{ratio[1]:.2f}")
     Console().print(table)
-
-
-def _cpu_s(pid: int) -> float:
-    """User and system time so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
 if __name__ == "__main__":

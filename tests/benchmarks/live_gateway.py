@@ -73,32 +73,44 @@ def read_images(subject: Subject) -> Images:
 
 
 @contextmanager
-def gateway(policy: str, *module: str) -> Iterator[tuple[str, int]]:
+def gateway(policy: str, *module: str, tree: Path | None = None) -> Iterator[tuple[str, int]]:
     """URL and process id of `python -m server`, or of another module that takes its options, ready.
 
     Arguments:
         policy: as the setting.
+        tree: another checkout of this project, whose code is run.
     """
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     arguments = ("--port", str(port), "--threads", "1", "--policy", policy, "--log-level", "warning")
+    with serving(f"http://127.0.0.1:{port}", "/readyz", *(module or ("server",)), *arguments, tree=tree) as pid:
+        yield f"http://127.0.0.1:{port}", pid
+
+
+@contextmanager
+def serving(url: str, ready: str, *module: str, tree: Path | None = None) -> Iterator[int]:
+    """Process id of `python -m MODULE ...` on the cores of servers, once `url` answers 200 on the path `ready`."""
+    environment = os.environ | {"VMOE_ADMIN_KEY": _KEY} | ({} if tree is None else {"PYTHONPATH": str(tree)})
     # Set before Python starts: a thread keeps the affinity that it was started with.
-    cores = ",".join(map(str, CORES[:-1]))
+    cores = ",".join(map(str, CORES[:-1] or CORES))
     process = subprocess.Popen(
-        ["taskset", "--cpu-list", cores, sys.executable, "-m", *(module or ("server",)), *arguments],
-        env=os.environ | {"VMOE_ADMIN_KEY": _KEY},
+        ["taskset", "--cpu-list", cores, sys.executable, "-m", *module], env=environment, cwd=tree
     )
-    url = f"http://127.0.0.1:{port}"
     try:
         deadline_s = time.monotonic() + 60
-        while not _is_ready(url):
+        while not _answers(url + ready):
             if process.poll() is not None or time.monotonic() > deadline_s:
-                raise SystemExit("the gateway did not get ready")
+                raise SystemExit(f"{module[0]} did not get ready")
             time.sleep(0.1)
-        yield url, process.pid  # taskset has become the server
+        yield process.pid  # taskset has become the server
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
 
 
 def put_policy(url: str, text: str) -> None:
@@ -113,12 +125,18 @@ def put_policy(url: str, text: str) -> None:
 
 async def saturate(url: str, images: Images) -> tuple[float, int]:
     """Answers per second to `USERS` who each send the next image when they have the last answer; and all answers."""
+    async with connect(url, TIMEOUT_S) as client:
+        return await closed_loop(client, images, USERS, SATURATE_S)
+
+
+async def closed_loop(client: Client, images: Images, users: int, duration_s: float) -> tuple[float, int]:
+    """As `saturate`, with a client."""
     answers = total = 0
 
-    async def user(client: Client, number: int, end_s: float) -> None:
+    async def user(number: int, end_s: float) -> None:
         nonlocal answers, total
         address = client.address("auto", 1000 * TIMEOUT_S)
-        for place in itertools.count(number, USERS):
+        for place in itertools.count(number, users):
             if time.monotonic() >= end_s:
                 return
             image = place % len(images)
@@ -127,11 +145,10 @@ async def saturate(url: str, images: Images) -> tuple[float, int]:
             answers += isinstance(reply, Answered)  # after the wait: others count too
             total += isinstance(reply, Answered)
 
-    async with connect(url, TIMEOUT_S) as client:
-        for seconds in (1.0, SATURATE_S):  # the first is warm-up
-            answers, start_s = 0, time.monotonic()
-            await asyncio.gather(*(user(client, number, start_s + seconds) for number in range(USERS)))
-            rate_hz = answers / (time.monotonic() - start_s)
+    for seconds in (1.0, duration_s):  # the first is warm-up
+        answers, start_s = 0, time.monotonic()
+        await asyncio.gather(*(user(number, start_s + seconds) for number in range(users)))
+        rate_hz = answers / (time.monotonic() - start_s)
     return rate_hz, total
 
 
@@ -232,9 +249,9 @@ def _get(url: str, path: str) -> Mapping[str, Any]:
     return found
 
 
-def _is_ready(url: str) -> bool:
+def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=1) as response:
+        with urllib.request.urlopen(url, timeout=1) as response:
             return bool(response.status == 200)
     except OSError:
         return False

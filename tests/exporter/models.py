@@ -13,6 +13,7 @@ import torch
 
 from exporter.bundle import WeightType
 from exporter.graph import build_graph
+from exporter.products import Products
 from vmoe.checkpoint import Checkpoint
 from vmoe.config import ModelConfig, MoeConfig
 from vmoe.model import VisionTransformer
@@ -39,7 +40,13 @@ def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
     return Checkpoint(config, state, preprocessing, tuple(f"class {i}" for i in range(config.num_classes)))
 
 
-def graph_of(checkpoint: Checkpoint, max_selected_experts: int | None = None, **options: str) -> ir.Model:
+def graph_of(
+    checkpoint: Checkpoint,
+    max_selected_experts: int | None = None,
+    *,
+    products: Products | None = None,
+    **options: str,
+) -> ir.Model:
     state = {name: value.numpy() for name, value in checkpoint.state.items()}
     if checkpoint.config.position_embedding == "sincos2d":
         state["sincos2d"] = checkpoint.model().sincos2d.numpy()
@@ -52,6 +59,7 @@ def graph_of(checkpoint: Checkpoint, max_selected_experts: int | None = None, **
         weight_type=weight_type,
         max_selected_experts=max_selected_experts,
         class_token_shortcut=options.get("class_token_shortcut") != "no",
+        products=products,
     )
 
 

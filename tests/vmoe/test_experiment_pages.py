@@ -16,7 +16,7 @@ from vmoe.sweep import Interval, SweepPoint
 from vmoe.sweep_report import sweep_markdown
 
 EXPERIMENTS = Path(__file__).parents[2] / "docs" / "experiments"
-PAGES = ("priority-routing", "selected-experts", "adaptive-training", "routing-analysis")
+PAGES = sorted(path.stem for path in EXPERIMENTS.glob("*.md") if path.name != "sweep.md")  # that one is tables alone
 
 
 def test_the_table_of_routing_analysis_is_that_of_its_report() -> None:
@@ -31,18 +31,30 @@ def test_the_table_of_routing_analysis_is_that_of_its_report() -> None:
 
 
 def test_the_tables_of_the_sweep_are_those_of_its_report() -> None:
-    models = json.loads((EXPERIMENTS / "sweep.json").read_text())["models"]
-    assert (EXPERIMENTS / "sweep.md").read_text() == sweep_markdown(
-        {name: [_sweep_point(values) for values in points] for name, points in models.items()}
-    )
+    assert (EXPERIMENTS / "sweep.md").read_text() == sweep_markdown(_sweep("sweep"))
+
+
+def test_the_table_of_adaptive_training_is_the_summary_of_its_report() -> None:
+    summary = sweep_markdown(_sweep("adaptive-training")).split("\n\n")[0]
+    assert summary in (EXPERIMENTS / "adaptive-training.md").read_text()
 
 
 def test_the_table_of_selected_experts_is_an_extract_of_the_sweep() -> None:
     tables = (EXPERIMENTS / "sweep.md").read_text()
-    rows = re.findall(r"^\| [\d.]+ \|.*\|$", (EXPERIMENTS / "selected-experts.md").read_text(), re.M)
+    rows = _rows("selected-experts")
     assert len(rows) == 4
     for row in rows:
         assert row.removesuffix("|") in tables  # its first columns are BPR's
+
+
+def _rows(page: str) -> list[str]:
+    """Of its tables, those that begin with a number."""
+    return re.findall(r"^\| [\d.]+ \|.*\|$", (EXPERIMENTS / f"{page}.md").read_text(), re.M)
+
+
+def _sweep(report: str) -> dict[str, list[SweepPoint]]:
+    models = json.loads((EXPERIMENTS / f"{report}.json").read_text())["models"]
+    return {name: [_sweep_point(values) for values in points] for name, points in models.items()}
 
 
 def _sweep_point(values: dict[str, Any]) -> SweepPoint:
@@ -63,6 +75,22 @@ def test_every_picture_of_a_page_exists_and_is_small(page: str) -> None:
 def test_every_page_that_a_page_points_to_exists(page: str) -> None:
     for name in re.findall(r"[^!]\[[^]]*\]\(([^)#]+)\)", (EXPERIMENTS / f"{page}.md").read_text()):
         assert name.startswith("https://") or (EXPERIMENTS / name).exists()
+
+
+def test_the_index_lists_every_page() -> None:
+    assert set(PAGES) - {"README"} <= {Path(page).stem for _, page in _index()}
+
+
+def test_the_figures_of_the_index_stand_on_the_pages_that_it_names() -> None:
+    for result, page in _index():
+        text = (EXPERIMENTS / page).read_text()
+        for figure in re.findall(r"\d+\.\d+", result):
+            assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", text), f"{figure} is not on {page}"
+
+
+def _index() -> list[tuple[str, str]]:
+    """Result and page of every row."""
+    return re.findall(r"\| ([^|]+) \| \[[^]]+\]\(([^)#]+)[^)]*\) \|$", (EXPERIMENTS / "README.md").read_text(), re.M)
 
 
 def test_the_small_models_differ_in_nothing_but_their_routing() -> None:
