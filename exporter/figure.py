@@ -27,7 +27,7 @@ def draw_points(manifest: Manifest) -> Figure:
     sizes = [size for size in BATCH_SIZES if points and all(_median_s(point, size) for point in points)]
     if not sizes:
         raise BundleError(
-            f"{manifest.name} has no point with both accuracy and latency: measure them with --profile-only --images DIR"
+            f"{manifest.name} has no point with both accuracy and latency: --profile-only --images DIR measures them"
         )
     full = points[-1]
     figure = new_figure((1 + 5 * len(sizes), 4))

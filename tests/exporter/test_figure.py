@@ -31,7 +31,7 @@ def test_a_bundle_without_accuracies_or_latencies_is_refused_with_what_would_mea
     manifest = Bundle.load(SHIPPED).manifest
     for change in ({"accuracy": None}, {"latency": ()}):
         bare = manifest.model_copy(update={"points": tuple(p.model_copy(update=change) for p in manifest.points)})
-        with pytest.raises(BundleError, match="--profile-only --images"):
+        with pytest.raises(BundleError, match="--profile-only --images DIR"):
             draw_points(bare)
 
 
