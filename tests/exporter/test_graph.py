@@ -140,8 +140,8 @@ def test_image_in_any_company_answers_as_alone_to_the_bit(tmp_path: Path) -> Non
 
 
 def test_runs_on_several_threads_repeat_to_the_bit(tmp_path: Path) -> None:
-    # A ScatterND that adds rows of all experts to their tokens would be a data race here: 50 of 150 runs came out wrong in
-    # a prototype. Ours writes to places that no two rows share.
+    # A ScatterND that adds the rows of all experts to their tokens would be a data race here: 50 of 150 runs came
+    # out wrong in a prototype. Ours writes to places that no two rows share.
     session = session_of(graph_of(random_checkpoint(SMALL)), tmp_path / "model.onnx", threads=4)
     feeds = {
         "images": pixels(SMALL, batch=16),
