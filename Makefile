@@ -9,7 +9,7 @@ PROMETHEUS := $(or $(shell command -v prometheus),/usr/bin/prometheus)
 CHROMEDRIVER := $(or $(shell command -v chromedriver),/usr/bin/chromedriver)
 MODEL ?= vmoe-fashion-mnist
 
-.PHONY: serve serve-triton test lint train export loadtest-demo loadtest-picture bench-policy bench-fleet bench-model bench-gateway clean
+.PHONY: serve serve-triton test lint train export export-int8 loadtest-demo loadtest-picture bench-policy bench-fleet bench-model bench-gateway clean
 
 serve: $(VENV)/.light
 	$(BIN)/python -m server --model-repository model_repository --model $(MODEL)
@@ -40,6 +40,12 @@ train: $(VENV)/.full $(FASHION_MNIST)
 export: $(VENV)/.full $(FASHION_MNIST)
 	$(BIN)/python -m exporter runs/vmoe-fashion-mnist/checkpoint --name vmoe-fashion-mnist --out model_repository \
 		--images $(FASHION_MNIST)
+	$(BIN)/python -m exporter plot model_repository/vmoe-fashion-mnist --output docs/operating-points.png
+
+# The same model in 8 bits: docs/quantisation.md.
+export-int8: $(VENV)/.full $(FASHION_MNIST)
+	$(BIN)/python -m exporter runs/vmoe-fashion-mnist/checkpoint --name vmoe-fashion-mnist-int8 --out model_repository \
+		--dtype int8 --calibration-images $(FASHION_MNIST) --images $(FASHION_MNIST)
 
 # The same bursts against the default policy and two fixed ones; leaves runs/loadtest-demo/index.html. Two minutes.
 loadtest-demo: $(VENV)/.full $(FASHION_MNIST)
@@ -67,8 +73,10 @@ bench-fleet: $(VENV)/.full
 	$(BIN)/python -m tests.benchmarks.fleet
 
 # Four small models (BPR, BPR at random points, vanilla, dense) and what docs/experiments says about their routing. Goes on
-# where it was stopped. One training is about 5 minutes of one undisturbed core, the sweep 3 per sparse model.
+# where it was stopped. One training is about 5 minutes of one undisturbed core, the first sweep 3 per sparse model, the second
+# (fewer points, all test images) 1.
 ROUTING_RUNS := plain adaptive vanilla dense
+ADAPTIVE_RUNS := plain adaptive vanilla
 ROUTING_TRAIN := $(BIN)/python -m vmoe train --epochs 2 --warmup-steps 200 --average-decay 0.995 --flip 0 --shift 0.02 \
 	--scale 0.02 --erase 0 --autocast none --resume
 .PHONY: experiments-routing
@@ -79,6 +87,9 @@ experiments-routing: $(VENV)/.full $(FASHION_MNIST)
 	$(ROUTING_TRAIN) --config docs/experiments/configs/small_dense.json --output runs/routing/dense
 	$(BIN)/python -m vmoe sweep $(ROUTING_RUNS:%=runs/routing/%/checkpoint) --limit 1000 --seeds 1 \
 		--json docs/experiments/sweep.json --markdown docs/experiments/sweep.md --plot docs/experiments/sweep.png
+	$(BIN)/python -m vmoe sweep $(ADAPTIVE_RUNS:%=runs/routing/%/checkpoint) --routing bpr --group-images 1 \
+		--capacity-factor 0.25 --capacity-factor 0.5 --capacity-factor 1 --selected-experts 1 --selected-experts 2 \
+		--json docs/experiments/adaptive-training.json
 	$(BIN)/python -m vmoe show-routing runs/routing/plain/checkpoint --plot docs/experiments/kept-patches.png
 	$(BIN)/python -m vmoe routing-analysis runs/routing/plain/checkpoint --limit 2000 \
 		--json docs/experiments/routing-analysis.json --plot docs/experiments/routing-analysis.png

@@ -34,6 +34,11 @@ def test_the_tables_of_the_sweep_are_those_of_its_report() -> None:
     assert (EXPERIMENTS / "sweep.md").read_text() == sweep_markdown(_sweep("sweep"))
 
 
+def test_the_table_of_adaptive_training_is_the_summary_of_its_report() -> None:
+    summary = sweep_markdown(_sweep("adaptive-training")).split("\n\n")[0]
+    assert summary in (EXPERIMENTS / "adaptive-training.md").read_text()
+
+
 def test_the_table_of_selected_experts_is_an_extract_of_the_sweep() -> None:
     tables = (EXPERIMENTS / "sweep.md").read_text()
     rows = _rows("selected-experts")
