@@ -40,6 +40,7 @@ train: $(VENV)/.full $(FASHION_MNIST)
 export: $(VENV)/.full $(FASHION_MNIST)
 	$(BIN)/python -m exporter runs/vmoe-fashion-mnist/checkpoint --name vmoe-fashion-mnist --out model_repository \
 		--images $(FASHION_MNIST)
+	$(BIN)/python -m exporter plot model_repository/vmoe-fashion-mnist --output docs/operating-points.png
 
 # The same model in 8 bits: docs/quantisation.md.
 export-int8: $(VENV)/.full $(FASHION_MNIST)

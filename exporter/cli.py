@@ -15,6 +15,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from exporter.bundle import Bundle, Manifest
+from exporter.figure import draw_points
 from exporter.measure import measure_bundle
 from exporter.triton_config import TritonOptions
 from exporter.triton_directory import write_model_directory, write_triton_files
@@ -281,6 +282,17 @@ def recover(
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise typer.BadParameter(f"{output} exists and is not an empty directory: give a new one")
         save_checkpoint(output, checkpoint_of(Bundle.load(bundle)))
+        console.print(f"{output} is ready")
+
+
+@app.command()
+def plot(
+    bundle: Annotated[Path, typer.Argument(help="Directory of a bundle.")],
+    output: Annotated[Path, typer.Option(help="Picture; its suffix fixes the format.")],
+) -> None:
+    """Draws accuracy against latency of BUNDLE's operating points, as its manifest has them."""
+    with _clear_errors():
+        draw_points(Bundle.load(bundle).manifest).savefig(output, dpi=110)
         console.print(f"{output} is ready")
 
 
