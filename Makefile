@@ -9,7 +9,7 @@ PROMETHEUS := $(or $(shell command -v prometheus),/usr/bin/prometheus)
 CHROMEDRIVER := $(or $(shell command -v chromedriver),/usr/bin/chromedriver)
 MODEL ?= vmoe-fashion-mnist
 
-.PHONY: serve serve-triton test lint train export export-int8 loadtest-demo loadtest-picture bench-policy bench-fleet bench-model bench-gateway clean
+.PHONY: serve serve-triton test lint train export export-int8 loadtest-demo loadtest-picture bench-policy bench-fleet bench-model bench-int8 bench-gateway clean
 
 serve: $(VENV)/.light
 	$(BIN)/python -m server --model-repository model_repository --model $(MODEL)
@@ -63,6 +63,10 @@ bench-policy: $(VENV)/.full
 # minutes on two undisturbed cores.
 bench-model: $(VENV)/.full
 	$(BIN)/python -m tests.benchmarks.model_speed
+
+# The graph in float32 and in 8 bits; writes a table into docs/bench. Three minutes.
+bench-int8: $(VENV)/.full $(FASHION_MNIST)
+	$(BIN)/python -m tests.benchmarks.int8_speed
 
 # The gateway against LitServe and plain FastAPI; writes table and plot into docs/bench. Three minutes.
 bench-gateway: $(VENV)/.full $(FASHION_MNIST)
