@@ -5,6 +5,7 @@ The options are the fields of `Settings`; pydantic-settings derives them, so no 
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (BackendError, BundleError, PolicyError, RecordError) as error:
         logger.error("%s", error)
         sys.exit(1)
+    # What is loaded by now stays. A full collection would walk it each time, in the event loop.
+    gc.collect()
+    gc.freeze()
     with suppress(KeyboardInterrupt):  # raised again by uvicorn, once all is closed
         server.run()
     if not server.started:

@@ -18,10 +18,10 @@ from server.settings import Settings
 def create_backend(settings: Settings, bundle: Bundle, registry: CollectorRegistry) -> Backend:
     """Raises:
     BundleError: the embedded engine cannot run the bundle.
-    BackendError: a library is missing.
+    BackendError: a library is missing, or `packed_weights` cannot be written.
     """
     if settings.backend == "embedded":
-        return OrtBackend(bundle, settings.threads)
+        return OrtBackend(bundle, settings.threads, settings.packed_weights)
     try:
         from server.backends.triton.backend import TritonBackend  # an optional dependency
         from server.backends.triton.connect import connect
@@ -43,4 +43,4 @@ def create_backend(settings: Settings, bundle: Bundle, registry: CollectorRegist
     )
     if settings.fallback == "none":
         return triton
-    return FallbackBackend(triton, OrtBackend(bundle, settings.threads), metrics)
+    return FallbackBackend(triton, OrtBackend(bundle, settings.threads, settings.packed_weights), metrics)
