@@ -58,6 +58,11 @@ class Settings(BaseSettings):
         default="none", description="what runs batches, at the cheapest points allowed, while no Triton server does"
     )
     threads: int = Field(default=0, ge=0, description="threads of one inference; 0 lets ONNX Runtime choose")
+    packed_weights: Path | None = Field(
+        default=None,
+        description="directory for the weights as the embedded engine maps them; gateways that name the same one share "
+        "memory. Nobody else may write there",
+    )
     decode_threads: int = Field(default=2, ge=1, description="images decoded at the same time")
 
     # Chosen, not tuned: large enough that per-call overhead is small, small enough that nobody waits long for a batch.

@@ -25,13 +25,12 @@ def create_backend(
 
     Raises:
     BundleError: the embedded engine cannot run the bundle.
-    BackendError: a library is missing.
+    BackendError: a library is missing, or `packed_weights` cannot be written.
     """
     if settings.backend == "embedded":
-        if not others:
-            return OrtBackend(bundle, settings.threads)
         named = {"": bundle} | {other.manifest.name: other for other in others}
-        return SeveralBackends({name: OrtBackend(each, settings.threads) for name, each in named.items()})
+        embedded = {name: OrtBackend(each, settings.threads, settings.packed_weights) for name, each in named.items()}
+        return SeveralBackends(embedded) if others else embedded[""]
     try:
         from server.backends.triton.backend import TritonBackend  # an optional dependency
         from server.backends.triton.connect import connect
@@ -53,4 +52,4 @@ def create_backend(
     )
     if settings.fallback == "none":
         return triton
-    return FallbackBackend(triton, OrtBackend(bundle, settings.threads), metrics)
+    return FallbackBackend(triton, OrtBackend(bundle, settings.threads, settings.packed_weights), metrics)
