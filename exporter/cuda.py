@@ -4,8 +4,8 @@ Axes: G routing groups, N tokens of a batch, D hidden, E experts, K choices per 
 
 On a CPU the ragged form of `exporter.moe_graph` is never slower. On a GPU every shape that depends on the routing costs
 a wait for the device, E small products leave most of it idle, and float16 is what its matrix units are for. Here no
-shape depends on the routing: the experts compute all slots of all groups, F per group, in one batched product, filled or
-not, so that a batch of mixed points costs what its largest point does. F is read from the graph's input, once per run.
+shape depends on the routing: the experts compute all slots of all groups, F per group, in one batched product, filled
+or not, so that a batch of mixed points costs what its largest point does. F is read from the input, once per run.
 
 Products read and write float16; the router, norms, softmax and the residual stay float32. Never measured on a GPU: see
 docs/cuda.md.
