@@ -9,7 +9,7 @@ PROMETHEUS := $(or $(shell command -v prometheus),/usr/bin/prometheus)
 CHROMEDRIVER := $(or $(shell command -v chromedriver),/usr/bin/chromedriver)
 MODEL ?= vmoe-fashion-mnist
 
-.PHONY: serve serve-triton test lint train export loadtest-demo loadtest-picture bench-policy bench-fleet bench-model bench-gateway clean
+.PHONY: serve serve-triton test lint train export export-int8 loadtest-demo loadtest-picture bench-policy bench-fleet bench-model bench-int8 bench-gateway clean
 
 serve: $(VENV)/.light
 	$(BIN)/python -m server --model-repository model_repository --model $(MODEL)
@@ -40,6 +40,12 @@ train: $(VENV)/.full $(FASHION_MNIST)
 export: $(VENV)/.full $(FASHION_MNIST)
 	$(BIN)/python -m exporter runs/vmoe-fashion-mnist/checkpoint --name vmoe-fashion-mnist --out model_repository \
 		--images $(FASHION_MNIST)
+	$(BIN)/python -m exporter plot model_repository/vmoe-fashion-mnist --output docs/operating-points.png
+
+# The same model in 8 bits: docs/quantisation.md.
+export-int8: $(VENV)/.full $(FASHION_MNIST)
+	$(BIN)/python -m exporter runs/vmoe-fashion-mnist/checkpoint --name vmoe-fashion-mnist-int8 --out model_repository \
+		--dtype int8 --calibration-images $(FASHION_MNIST) --images $(FASHION_MNIST)
 
 # The same bursts against the default policy and two fixed ones; leaves runs/loadtest-demo/index.html. Two minutes.
 loadtest-demo: $(VENV)/.full $(FASHION_MNIST)
@@ -53,9 +59,14 @@ loadtest-picture: $(VENV)/.full $(CHROMEDRIVER)
 bench-policy: $(VENV)/.full
 	$(BIN)/python -m tests.benchmarks.policies
 
-# The graph against its peers and the machine's matrix product; writes table and plot into docs/bench.
+# The graph against its peers and the machine's matrix product; writes table, verdicts and plot into docs/bench. Under ten
+# minutes on two undisturbed cores.
 bench-model: $(VENV)/.full
 	$(BIN)/python -m tests.benchmarks.model_speed
+
+# The graph in float32 and in 8 bits; writes a table into docs/bench. Three minutes.
+bench-int8: $(VENV)/.full $(FASHION_MNIST)
+	$(BIN)/python -m tests.benchmarks.int8_speed
 
 # The gateway against LitServe and plain FastAPI; writes table and plot into docs/bench. Three minutes.
 bench-gateway: $(VENV)/.full $(FASHION_MNIST)

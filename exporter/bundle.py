@@ -41,6 +41,7 @@ from vmoe.preprocess import Preprocessing
 SCHEMA_VERSION: Final = 1
 InputType = Literal["uint8", "float32"]
 WeightType = Literal["float32", "float16", "bfloat16"]
+StorageType = WeightType | Literal["int8"]
 MANIFEST_FILE = "manifest.json"
 LABELS_FILE = "labels.txt"
 MODEL_FILE = "1/model.onnx"
@@ -91,13 +92,17 @@ class Point(_Model):
 
 
 class Parity(_Model):
-    """Disagreement of PyTorch and ONNX Runtime over all points, on seeded noise and on real images.
+    """Disagreement of PyTorch and ONNX Runtime over all points, on seeded noise and on real images; in 8 bits on real
+    images alone.
 
     Attributes:
         max_abs_error: of the logits, over the comparisons in which both made the same routing decisions.
         top1_agreement: share of all comparisons with the same best class.
-        rerouted: share of all comparisons in which some token went elsewhere: two gates closer than float32 rounding.
+        rerouted: share of all comparisons in which some token went elsewhere: two gates closer than rounding.
+        tolerance: largest `max_abs_error` allowed, in 8 bits largest `relative_error`.
         num_comparisons: images times operating points.
+        relative_error: root mean square of the logits' error over their standard deviation, of all comparisons.
+        min_agreement: smallest `top1_agreement` allowed, in 8 bits.
     """
 
     max_abs_error: float
@@ -105,6 +110,23 @@ class Parity(_Model):
     rerouted: float
     tolerance: float
     num_comparisons: int
+    relative_error: float | None = None
+    min_agreement: float | None = None
+
+
+class Quantisation(_Model):
+    """How the scales of an 8-bit graph came about.
+
+    Attributes:
+        images: that the activations' ranges were measured on, and their number.
+        points: operating points at which they were measured; empty for a dense model.
+        weight_bits: of the integers that weights are rounded to; activations have 8.
+    """
+
+    images: str
+    num_images: int = Field(ge=1)
+    points: tuple[str, ...]
+    weight_bits: int
 
 
 class Profile(_Model):
@@ -141,7 +163,8 @@ class Manifest(_Model):
         name, version: as in the model repository.
         architecture: `ModelConfig.to_json` as an object.
         input: dtype of `images`.
-        weights: dtype in which the weights are stored; they are widened to float32 at load.
+        weights: dtype in which the weights are stored. They are widened to float32 at load; with int8 the large
+            products are computed in 8 bits, see `exporter.int8`.
         max_selected_experts: largest K that the graph accepts.
         points: from the cheapest to the full one; empty for a dense model.
         files: SHA-256 of every file of the bundle that the graph needs.
@@ -154,10 +177,11 @@ class Manifest(_Model):
     preprocessing: Preprocessing
     labels: tuple[str, ...]
     input: InputType
-    weights: WeightType
+    weights: StorageType
     max_selected_experts: int = Field(ge=0)
     max_batch_size: int = Field(ge=1)
     points: tuple[Point, ...]
+    quantisation: Quantisation | None = None
     parity: Parity | None = None
     profile: Profile | None = None
     provenance: Provenance
@@ -171,6 +195,8 @@ class Manifest(_Model):
             expected = self.architecture.slots(point.operating_point)
             if point.slots != expected:
                 raise ValueError(f"point {point.operating_point} has slots {point.slots}, expected {expected}")
+        if (self.weights == "int8") != (self.quantisation is not None):
+            raise ValueError("weights of int8 need an entry `quantisation`, others have none")
         if (self.architecture.moe is None) != (not self.points):
             raise ValueError("a sparse model needs operating points, a dense model has none")
         return self
@@ -234,6 +260,14 @@ class Bundle:
 def frontier(points: Sequence[Point]) -> tuple[Point, ...]:
     """The points that are not dominated, from cheapest to full."""
     return tuple(point for point in points if not point.dominated)
+
+
+def dominates(one: Point, other: Point) -> bool:
+    """`one` is at least as accurate at no more compute, and better in one of both. Both were measured."""
+    assert one.accuracy is not None
+    assert other.accuracy is not None
+    no_worse = one.accuracy >= other.accuracy and one.relative_compute <= other.relative_compute
+    return no_worse and (one.accuracy > other.accuracy or one.relative_compute < other.relative_compute)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

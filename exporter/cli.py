@@ -15,6 +15,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from exporter.bundle import Bundle, Manifest
+from exporter.figure import draw_points
 from exporter.measure import measure_bundle
 from exporter.triton_config import TritonOptions
 from exporter.triton_directory import write_model_directory, write_triton_files
@@ -24,8 +25,6 @@ from vmoe.preprocess import parse_channel_values
 
 if TYPE_CHECKING:
     from exporter.plan import Plan
-
-TOLERANCE = 1e-4  # absolute, in logits; the two runtimes agree to about 1e-5 on trained models
 
 
 class _ExportByDefault(TyperGroup):
@@ -42,11 +41,12 @@ console = Console(stderr=True)
 
 
 class DataType(StrEnum):
-    """Storage of the weights."""
+    """Storage of the weights; int8 is a quantisation of weights and activations."""
 
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
+    int8 = "int8"
 
 
 class QueueOrder(StrEnum):
@@ -112,7 +112,13 @@ def export(
     images: Annotated[
         Path | None, typer.Option(help="Labelled images (IDX directory or image folder) that give the accuracies.")
     ] = None,
-    dtype: Annotated[DataType, typer.Option(help="Storage of the weights.")] = DataType.float32,
+    dtype: Annotated[
+        DataType, typer.Option(help="Storage of the weights; int8 computes the large products in 8 bits.")
+    ] = DataType.float32,
+    calibration_images: Annotated[
+        Path | None,
+        typer.Option(help="With --dtype int8: images (as --images, but the training split) that give the scales."),
+    ] = None,
     input_type: Annotated[Input, typer.Option("--input", help="Pixels, or normalised floats.")] = Input.uint8,
     config: Annotated[
         Path | None,
@@ -145,7 +151,13 @@ def export(
     crop_fraction: Annotated[
         float | None, typer.Option(help="With center_crop: side of the crop over the scaled shorter side.")
     ] = None,
-    tolerance: Annotated[float, typer.Option(help="Largest difference of logits from PyTorch's.")] = TOLERANCE,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest difference of logits from PyTorch's. Default: 1e-4; int8: 0.1 of their spread."),
+    ] = None,
+    min_agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="With int8: share of images that must keep PyTorch's best class.")
+    ] = 0.95,
     threads: Annotated[int, typer.Option(help="Threads of the runtime; 0 is all cores.")] = 0,
     rounds: Annotated[
         int | None,
@@ -227,6 +239,8 @@ def export(
                 raise typer.BadParameter(
                     "CHECKPOINT is missing (only --profile-only, --triton-only and --dry-run go without)"
                 )
+            if (dtype is DataType.int8) != (calibration_images is not None):
+                raise typer.BadParameter("--dtype int8 and --calibration-images go together: scales come from images")
             options = ExportOptions(
                 checkpoint=checkpoint,
                 config=config,
@@ -242,7 +256,9 @@ def export(
                 crop_fraction=crop_fraction,
                 labels=labels,
                 images=images,
+                calibration_images=calibration_images,
                 tolerance=tolerance,
+                min_agreement=min_agreement,
                 parity_images=parity_images,
                 threads=threads,
                 rounds=rounds,
@@ -266,6 +282,17 @@ def recover(
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise typer.BadParameter(f"{output} exists and is not an empty directory: give a new one")
         save_checkpoint(output, checkpoint_of(Bundle.load(bundle)))
+        console.print(f"{output} is ready")
+
+
+@app.command()
+def plot(
+    bundle: Annotated[Path, typer.Argument(help="Directory of a bundle.")],
+    output: Annotated[Path, typer.Option(help="Picture; its suffix fixes the format.")],
+) -> None:
+    """Draws accuracy against latency of BUNDLE's operating points, as its manifest has them."""
+    with _clear_errors():
+        draw_points(Bundle.load(bundle).manifest).savefig(output, dpi=110)
         console.print(f"{output} is ready")
 
 

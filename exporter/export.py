@@ -18,24 +18,30 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from exporter.bundle import InputType, Manifest, Provenance, WeightType, sha256
+from exporter.bundle import InputType, Manifest, Provenance, StorageType, sha256
 from exporter.graph import build_graph
 from exporter.measure import count_progress, labelled_images, measure, sample_images
 from exporter.parity import Answers, check_parity, model_answers
 from exporter.plan import Plan, plan
+from exporter.products import Products
 from exporter.profiling import default_effort, default_points, make_points
+from exporter.quantise import pick_images, quantised_products
 from exporter.repository import write_bundle
 from exporter.session import open_session
 from exporter.triton_config import TritonOptions
 from vmoe.architecture import Hints
 from vmoe.checkpoint import Checkpoint
 from vmoe.class_names import IMAGENET_1K, IMAGENET_1K_CLASSES, read_class_names
-from vmoe.data import LabelledImages
+from vmoe.data import LabelledImages, load_images
 from vmoe.operating_point import OperatingPoint
-from vmoe.preprocess import Fit
+from vmoe.preprocess import Fit, normalize
 from vmoe.sources import find_source, load_source, read_architecture
 
 MAX_BATCH_SIZE = 32
+# Of `Parity.max_abs_error`: the two runtimes agree to about 1e-5 on trained models.
+TOLERANCE = 1e-4
+# Of `Parity.relative_error`, chosen: five times what the shipped model shows (docs/quantisation.md).
+INT8_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,9 @@ class ExportOptions:
         points: operating points of the manifest; empty for the default ladder.
         max_selected_experts: largest K of the graph, None for the ladder's.
         mean, std, fit, crop_fraction: None keeps the checkpoint's preprocessing.
+        calibration_images: with int8 alone, which needs them: a data set, or its training split where it has one.
+        tolerance: None is the dtype's, see TOLERANCE and INT8_TOLERANCE.
+        min_agreement: with int8, the smallest share of images with the model's best class.
         labels: a file with a name per line, or `imagenet-1k`; None keeps the checkpoint's.
         parity_images, rounds: None chooses them by the model's size, see `exporter.profiling.default_effort`.
         triton: how Triton shall run the model.
@@ -57,7 +66,7 @@ class ExportOptions:
     checkpoint: Path
     config: Path | None
     hints: Hints
-    dtype: WeightType
+    dtype: StorageType
     input_type: InputType
     group_images: int
     points: tuple[OperatingPoint, ...]
@@ -68,14 +77,16 @@ class ExportOptions:
     crop_fraction: float | None
     labels: str | None
     images: Path | None
-    tolerance: float
+    calibration_images: Path | None
+    tolerance: float | None
+    min_agreement: float
     parity_images: int | None
     threads: int
     rounds: int | None
     triton: TritonOptions
 
 
-def plan_export(checkpoint: Path | None, hints: Hints, config: Path | None, dtype: WeightType) -> Plan:
+def plan_export(checkpoint: Path | None, hints: Hints, config: Path | None, dtype: StorageType) -> Plan:
     """What an export would store, without reading a weight."""
     return plan(read_architecture(checkpoint, hints, config_path=config), dtype)
 
@@ -104,11 +115,15 @@ def export_checkpoint(directory: Path, options: ExportOptions, console: Console)
     never hold the weights together.
 
     Raises:
-        ValueError, OSError: bad input, named in the message; nothing was written.
+        ValueError, OSError: bad input, named in the message; nothing was written. Among them CalibrationError.
         ParityError: the graph answers differently from PyTorch; nothing was written.
     """
     prepared = _prepare(directory.name, options, console)
     data = prepared.data
+
+    tolerance = options.tolerance
+    if tolerance is None:
+        tolerance = INT8_TOLERANCE if options.dtype == "int8" else TOLERANCE
 
     def finish(model: Path) -> Manifest:
         manifest = prepared.manifest
@@ -124,7 +139,8 @@ def export_checkpoint(directory: Path, options: ExportOptions, console: Console)
                 manifest.preprocessing,
                 prepared.answers,
                 normalized_input=manifest.input == "float32",
-                tolerance=options.tolerance,
+                tolerance=tolerance,
+                min_agreement=options.min_agreement if options.dtype == "int8" else None,
                 advance=lambda count: bar.advance(task, count),
             )
         manifest = manifest.model_copy(update={"parity": parity})
@@ -142,6 +158,33 @@ def _prepare(name: str, options: ExportOptions, console: Console) -> _Prepared:
     if config.moe is not None:
         most = max(options.max_selected_experts or 0, *(point.num_selected_experts for point in ladder))
     data = None if options.images is None else labelled_images(options.images, preprocessing, loaded.labels)
+    model = loaded.model()
+    state = {key: value.numpy() for key, value in loaded.state.items()}
+    if config.position_embedding == "sincos2d":
+        state["sincos2d"] = model.sincos2d.numpy()
+
+    def build(products: Products | None = None) -> ir.Model:
+        return build_graph(
+            config,
+            state,
+            preprocessing,
+            input_type=options.input_type,
+            weight_type="float32" if options.dtype == "int8" else options.dtype,
+            max_selected_experts=most or None,
+            products=products,
+        )
+
+    parity_images = options.parity_images or default_effort(config, ladder).parity_images
+    parity_images = -(-parity_images // options.group_images) * options.group_images
+    products, quantisation = None, None
+    if options.calibration_images is None:
+        samples = sample_images(preprocessing, data, parity_images)
+    else:
+        path = options.calibration_images
+        pictures = load_images(path, preprocessing, train=True)
+        chosen, samples = pick_images(pictures, data, path, parity_images, options.group_images)
+        inputs = normalize(chosen, preprocessing) if options.input_type == "float32" else chosen
+        products, quantisation = quantised_products(build, config, ladder, inputs, path, options.threads, console)
     manifest = Manifest(
         name=name,
         architecture=config,
@@ -152,23 +195,11 @@ def _prepare(name: str, options: ExportOptions, console: Console) -> _Prepared:
         max_selected_experts=most,
         max_batch_size=MAX_BATCH_SIZE * options.group_images,
         points=ladder,
+        quantisation=quantisation,
         provenance=_provenance(options.checkpoint),
         files={},
     )
-    model = loaded.model()
-    state = {key: value.numpy() for key, value in loaded.state.items()}
-    if config.position_embedding == "sincos2d":
-        state["sincos2d"] = model.sincos2d.numpy()
-    graph = build_graph(
-        config,
-        state,
-        preprocessing,
-        input_type=options.input_type,
-        weight_type=options.dtype,
-        max_selected_experts=most or None,
-    )
-    parity_images = options.parity_images or default_effort(config, ladder).parity_images
-    samples = sample_images(preprocessing, data, -(-parity_images // options.group_images) * options.group_images)
+    graph = build(products)
     with count_progress(console) as bar:
         task = bar.add_task("parity, model", total=len(samples) * max(1, len(ladder)))
         answers = model_answers(
@@ -201,7 +232,10 @@ def _load(options: ExportOptions, console: Console) -> Checkpoint:
         mean=options.mean, std=options.std, fit=options.fit, crop_fraction=options.crop_fraction
     )
     loaded = replace(loaded.with_group_images(options.group_images), preprocessing=preprocessing)
-    if options.dtype != "float32":  # parity is checked against the model that is stored, not the one that was trained
+    if options.dtype in (
+        "float16",
+        "bfloat16",
+    ):  # parity is checked against the model that is stored, not the one that was trained
         loaded.round_to(torch.float16 if options.dtype == "float16" else torch.bfloat16)
     return loaded
 

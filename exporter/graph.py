@@ -110,8 +110,8 @@ class _Builder(Tape):
                 tokens = self.op("Add", tokens, self._mlp(normed, f"{name}.mlp"))
         outputs = [self._output("logits", self._head(tokens), ir.DataType.FLOAT, ["batch", config.num_classes])]
         if layers is not None:
-            for name, values, dtype, shape in layers.records():
-                outputs.append(self._output(name, self.op("Concat", *values, axis=1), dtype, ["batch", *shape]))
+            for name, value, dtype, shape in layers.records():
+                outputs.append(self._output(name, value, dtype, ["batch", *shape]))
         return ir.Model(self.graph(inputs, outputs, OPSET), ir_version=IR_VERSION, producer_name="vmoe-serving")
 
     def _output(self, name: str, value: ir.Value, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
@@ -161,9 +161,8 @@ class _Builder(Tape):
         return self._attend(query, key, value, name)
 
     def _project(self, operand: ir.Value, name: str, *parts: Literal["query", "key", "value"]) -> tuple[ir.Value, ...]:
-        """(B * T, D) -> (B, T, H, d) for each of some neighbouring parts; T is S, or 1 for the query alone."""
-        size, heads, count = self.config.hidden_size, self.config.num_heads, len(parts)
-        head_dim = size // heads
+        """(B * T, D) -> (B, H, T, d) for each of some neighbouring parts; T is S, or 1 for the query alone."""
+        size, count = self.config.hidden_size, len(parts)
         start = ("query", "key", "value").index(parts[0])
         columns = slice(start * size, (start + count) * size)
         factor = None
@@ -179,23 +178,23 @@ class _Builder(Tape):
             factor,
         )
         tokens = self.config.tokens_per_image if count > 1 else 1
-        if count == 1:
-            return (self.reshape(product, -1, tokens, heads, head_dim),)
-        product = self.reshape(product, -1, tokens, count, heads, head_dim)
-        return tuple(
-            self.reshape(part, -1, tokens, heads, head_dim)
-            for part in self.outputs(count, "Split", product, axis=2, num_outputs=count)
-        )
+        return self._by_head(product, tokens, count)
+
+    def _by_head(self, product: ir.Value, tokens: int, count: int) -> tuple[ir.Value, ...]:
+        """(B * T, count * D) -> count times (B, H, T, d)."""
+        size, heads = self.config.hidden_size, self.config.num_heads
+        product = self.reshape(product, -1, tokens, count * heads, size // heads)
+        product = self.op("Transpose", product, perm=[0, 2, 1, 3])
+        return (product,) if count == 1 else self.outputs(count, "Split", product, axis=1, num_outputs=count)
 
     def _attend(self, query: ir.Value, key: ir.Value, value: ir.Value, name: str) -> ir.Value:
-        """Query (B, T, H, d), key and value (B, S, H, d) -> (B * T, D)."""
+        """Query (B, H, T, d), key and value (B, H, S, d) -> (B * T, D)."""
         if self.config.qk_norm:
             factor = np.full(self.config.hidden_size // self.config.num_heads, query_factor(self.config))
             query_scale = self.weight(f"{name}.query_norm.weight", factor=factor)
             query = self.op("LayerNormalization", query, query_scale, axis=-1, epsilon=LAYER_NORM_EPSILON)
             key_scale = self.weight(f"{name}.key_norm.weight")
             key = self.op("LayerNormalization", key, key_scale, axis=-1, epsilon=LAYER_NORM_EPSILON)
-        query = self.op("Transpose", query, perm=[0, 2, 1, 3])
         return self.linear(self._mix(query, key, value), f"{name}.out")
 
     def _class_rows(self, rows: ir.Value) -> ir.Value:
@@ -203,10 +202,9 @@ class _Builder(Tape):
         return self.first_rows(rows, self.config.tokens_per_image, self.config.hidden_size)
 
     def _mix(self, query: ir.Value, key: ir.Value, value: ir.Value) -> ir.Value:
-        """Scaled query (B, H, Q, d), key and value (B, S, H, d) -> (B * Q, D)."""
-        scores = self.op("MatMul", query, self.op("Transpose", key, perm=[0, 2, 3, 1]))
-        weights = self.op("Softmax", scores, axis=-1)
-        mixed = self.op("MatMul", weights, self.op("Transpose", value, perm=[0, 2, 1, 3]))
+        """Scaled query (B, H, Q, d), key and value (B, H, S, d) -> (B * Q, D)."""
+        scores = self.op("MatMul", query, self.op("Transpose", key, perm=[0, 1, 3, 2]))
+        mixed = self.op("MatMul", self.op("Softmax", scores, axis=-1), value)
         return self.reshape(self.op("Transpose", mixed, perm=[0, 2, 1, 3]), -1, self.config.hidden_size)
 
     def _head(self, tokens: ir.Value) -> ir.Value:
@@ -239,12 +237,7 @@ class _Builder(Tape):
             query_scale = self.weight("map_head.query_norm.weight")
             query = self.op("LayerNormalization", query, query_scale, axis=-1, epsilon=LAYER_NORM_EPSILON)
         query = self.op("Mul", query, self.constant(query_factor(config), np.float32))
-        key_value = self.linear(tokens, "map_head.key_value")
-        key_value = self.reshape(key_value, -1, config.tokens_per_image, 2, heads, size // heads)
-        key, value = (
-            self.reshape(part, -1, config.tokens_per_image, heads, size // heads)
-            for part in self.outputs(2, "Split", key_value, axis=2, num_outputs=2)
-        )
+        key, value = self._by_head(self.linear(tokens, "map_head.key_value"), config.tokens_per_image, 2)
         if config.qk_norm:
             key_scale = self.weight("map_head.key_norm.weight")
             key = self.op("LayerNormalization", key, key_scale, axis=-1, epsilon=LAYER_NORM_EPSILON)

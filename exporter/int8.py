@@ -31,8 +31,9 @@ import onnx_ir as ir
 from exporter.products import Parameter, Products
 from exporter.tape import Tape
 
-WEIGHT_MIN: Final = -64
-WEIGHT_MAX: Final = 63
+WEIGHT_BITS: Final = 7
+WEIGHT_MIN: Final = -(2 ** (WEIGHT_BITS - 1))
+WEIGHT_MAX: Final = 2 ** (WEIGHT_BITS - 1) - 1
 # Candidates for a column's scale, of the one that clips nothing: the least squared error wins. Chosen, not tuned: with
 # 7 bits and bell-shaped columns the best is between 0.7 and 1.
 _SHRINK: Final = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)

@@ -97,6 +97,7 @@ def check_parity(
     *,
     normalized_input: bool,
     tolerance: float = 1e-4,
+    min_agreement: float | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Parity:
     """Compares logits and routing of the graph with the model's answers. Needs no torch, and so no second copy of the
@@ -105,12 +106,16 @@ def check_parity(
     Arguments:
         images: those that the model answered: (B, H, W, channels).
         normalized_input: the graph takes float32 images that are normalised already.
+        tolerance: see `exporter.bundle.Parity`.
+        min_agreement: given for a graph in 8 bits. Its errors are judged on average, for they turn single decisions of
+            a router, and whatever follows from these.
         advance: called with the number of comparisons done.
 
     Raises:
         ParityError: names the point with the worst error.
     """
     worst, worst_point, agreed, rerouted, count = 0.0, answers[0].point, 0, 0, 0
+    squares = 0.0
     for batch in _batches(config, len(images)):
         inputs = normalize(images[batch], preprocessing) if normalized_input else images[batch]
         for expected in answers:
@@ -125,17 +130,24 @@ def check_parity(
                 error = float("inf")
             if error > worst:
                 worst, worst_point = error, expected.point
+            squares += float(np.square(logits - found, dtype=np.float64).sum())
             agreed += int((logits.argmax(-1) == found.argmax(-1)).sum())
             rerouted += int((~same).sum())
             count += len(inputs)
             advance(len(inputs))
+    spread = float(np.std([each.logits for each in answers]))
     parity = Parity(
         max_abs_error=worst,
         top1_agreement=agreed / count,
         rerouted=rerouted / count,
         tolerance=tolerance,
         num_comparisons=count,
+        relative_error=(squares / (count * config.num_classes)) ** 0.5 / spread,
+        min_agreement=min_agreement,
     )
+    if min_agreement is not None:
+        _check_8_bits(parity, min_agreement)
+        return parity
     if worst > tolerance:
         where = "" if worst_point is None else f" at operating point {worst_point.operating_point}"
         raise ParityError(
@@ -147,6 +159,19 @@ def check_parity(
             f"rounding explains at most {explained:.0%}"
         )
     return parity
+
+
+def _check_8_bits(parity: Parity, min_agreement: float) -> None:
+    error = parity.relative_error
+    if error is None or not error <= parity.tolerance:  # also not a number
+        raise ParityError(
+            f"logits of the graph in 8 bits are off by {error:.3g} of their spread, allowed is {parity.tolerance:g}"
+        )
+    if parity.top1_agreement < min_agreement:
+        raise ParityError(
+            f"graph in 8 bits and model agree on the best class of {parity.top1_agreement:.2%} of the images, "
+            f"at least {min_agreement:.2%} is asked for"
+        )
 
 
 def _explained_by_rounding(config: ModelConfig, num_points: int, num_comparisons: int) -> float:

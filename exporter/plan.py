@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import onnx_ir as ir
 import torch
 
-from exporter.bundle import WeightType
+from exporter.bundle import StorageType
 from exporter.tape import STORED_TYPES
 from vmoe.config import ModelConfig
 from vmoe.model import VisionTransformer
@@ -35,7 +36,7 @@ class Part:
 class Plan:
     """Attributes:
     parts: dense parts first, then the experts of every MoE layer.
-    bytes_per_parameter: as the graph stores them.
+    bytes_per_parameter: as the graph stores them; in int8 the few that stay float32 are counted as one byte, too.
     """
 
     parts: tuple[Part, ...]
@@ -50,7 +51,7 @@ class Plan:
         return self.num_parameters * self.bytes_per_parameter
 
 
-def plan(config: ModelConfig, weights: WeightType) -> Plan:
+def plan(config: ModelConfig, weights: StorageType) -> Plan:
     """Counts the parameters of a model."""
     with torch.device("meta"):
         model = VisionTransformer(config)
@@ -70,4 +71,5 @@ def plan(config: ModelConfig, weights: WeightType) -> Plan:
     copies = 1 if config.moe is None else config.moe.num_experts
     parts = [Part(name, count) for name, count in counts.items() if count]
     parts += [Part(name, count, copies) for name, count in experts.items()]
-    return Plan(tuple(parts), STORED_TYPES[weights][1].bitwidth // 8)
+    stored = ir.DataType.INT8 if weights == "int8" else STORED_TYPES[weights][1]
+    return Plan(tuple(parts), stored.bitwidth // 8)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from exporter.bundle import MODEL_FILE, Bundle, BundleError
+from exporter.bundle import MODEL_FILE, Bundle, BundleError, WeightType
 from exporter.graph import query_factor
 from exporter.tape import STORED_TYPES
 from vmoe.checkpoint import Checkpoint
@@ -35,12 +35,15 @@ def recover(bundle: Bundle) -> Checkpoint:
     """The checkpoint behind a bundle, in float32. Groups of images and preprocessing are those of the export.
 
     Raises:
-        BundleError: a parameter is missing from the graph, or has another shape or type than the manifest implies.
+        BundleError: a parameter is missing from the graph, or has another shape or type than the manifest implies; the
+            weights are in 8 bits.
     """
     manifest = bundle.manifest
     if MODEL_FILE not in manifest.files:
         raise BundleError(f"the manifest of {bundle.directory} has no hash of {MODEL_FILE}, so it cannot be trusted")
-    weights = _Weights(bundle)
+    if manifest.weights == "int8":
+        raise BundleError(f"{bundle.directory} holds weights rounded to 8 bits; recover the float32 bundle")
+    weights = _Weights(bundle, manifest.weights)
     config, state = manifest.architecture, {}
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in VisionTransformer(config).state_dict().items()}
@@ -57,8 +60,8 @@ def recover(bundle: Bundle) -> Checkpoint:
 class _Weights:
     """The initializers of a bundle's graph, by parameter."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.path, self.stored_type = bundle.model_path, STORED_TYPES[bundle.manifest.weights][1]
+    def __init__(self, bundle: Bundle, weights: WeightType) -> None:
+        self.path, self.stored_type = bundle.model_path, STORED_TYPES[weights][1]
         self.initializers = ir.load(self.path).graph.initializers
 
     def parameter(self, name: str, shape: tuple[int, ...]) -> Array:

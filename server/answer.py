@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from server.scheduler import Scheduler
 from server.schemas import (
     BudgetBody,
     BudgetPoint,
+    Classification,
     ExpertExplanation,
     Explanation,
     LatencyBody,
@@ -32,27 +34,39 @@ from server.schemas import (
 from vmoe.config import ModelConfig
 
 
+def describe_answer(served: Served, manifest: Manifest, ask: Ask, request_id: str) -> Classification:
+    """To a request with one image."""
+    fields = _result_fields(served, manifest, ask)
+    return Classification(request_id=request_id, model=manifest.name, version=manifest.version, **fields)
+
+
 def describe_result(served: Served, manifest: Manifest, ask: Ask) -> Result:
+    """Of one image among several."""
+    return Result(**_result_fields(served, manifest, ask))
+
+
+def _result_fields(served: Served, manifest: Manifest, ask: Ask) -> dict[str, Any]:
+    """Of `Result`. Both bodies are built of them at once: pydantic checks what it is given, each time."""
     inference = served.inference
-    return Result(
-        predictions=_predictions(inference.logits, manifest.labels, ask.top),
-        operating_point=_operating_point(inference.rung),
-        budget=ask.budget.name,
-        degraded=inference.degraded,
-        reason=inference.reason,
-        deadline_ms=_milliseconds(ask.deadline_s),
-        deadline_met=inference.deadline_met,
-        kept=[round(float(share), 6) for share in inference.kept],
-        times=Times(
+    return {
+        "predictions": _predictions(inference.logits, manifest.labels, ask.top),
+        "operating_point": _operating_point(inference.rung),
+        "budget": ask.budget.name,
+        "degraded": inference.degraded,
+        "reason": inference.reason,
+        "deadline_ms": _milliseconds(ask.deadline_s),
+        "deadline_met": inference.deadline_met,
+        "kept": [round(share, 6) for share in inference.kept.tolist()],
+        "times": Times(
             decode_ms=_milliseconds(served.decode_s),
             queue_ms=_milliseconds(inference.queue_s),
             inference_ms=_milliseconds(inference.inference_s),
             total_ms=_milliseconds(served.total_s),
         ),
-        explanation=(
+        "explanation": (
             None if inference.token_experts is None else explain_tokens(inference.token_experts, manifest.architecture)
         ),
-    )
+    }
 
 
 def explain_tokens(token_experts: npt.NDArray[np.int64], architecture: ModelConfig) -> Explanation:
@@ -94,7 +108,7 @@ def describe_model(manifest: Manifest, policy: ActivePolicy, ladder: Ladder) -> 
         channels=preprocessing.channels,
         max_selected_experts=manifest.max_selected_experts,
         max_capacity_factor=None if moe is None else float(moe.num_experts),
-        points=[_model_point(point) for point in manifest.points],
+        points=[_model_point(rung.measured, rung.model) for rung in ladder.rungs if rung.measured],
         budgets=_budgets(policy, ladder),
     )
 
@@ -151,7 +165,8 @@ def _predictions(logits: npt.NDArray[np.float32], labels: tuple[str, ...], top: 
     weights = np.exp(wide - wide.max())
     probabilities = weights / weights.sum()
     best = np.argsort(-probabilities, kind="stable")[:top]
-    return [Prediction(index=int(i), label=labels[i], probability=float(probabilities[i])) for i in best]
+    found = zip(best.tolist(), probabilities[best].tolist(), strict=True)
+    return [Prediction(index=index, label=labels[index], probability=probability) for index, probability in found]
 
 
 def _operating_point(rung: Rung) -> OperatingPointBody | None:
@@ -163,16 +178,18 @@ def _operating_point(rung: Rung) -> OperatingPointBody | None:
         slots=list(rung.slots),
         accuracy=rung.accuracy,
         relative_compute=None if rung.measured is None else rung.measured.relative_compute,
+        bundle=rung.model or None,
     )
 
 
-def _model_point(point: Point) -> ModelPoint:
+def _model_point(point: Point, model: str) -> ModelPoint:
     return ModelPoint(
         capacity_factor=point.capacity_factor,
         num_selected_experts=point.num_selected_experts,
         slots=list(point.slots),
         accuracy=point.accuracy,
         relative_compute=point.relative_compute,
+        bundle=model or None,
         dominated=point.dominated,
         latency=[
             LatencyBody(

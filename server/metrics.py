@@ -67,6 +67,7 @@ class Metrics:
         self._request_seconds = Histogram(
             "vmoe_request_seconds", "From headers to answer.", ("budget",), buckets=_SECONDS, registry=registry
         )
+        self._done: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._in_flight = Gauge("vmoe_in_flight_requests", "Requests to /classify under way.", registry=registry)
         self._image_errors = Counter(
             "vmoe_image_errors", "Images refused, by code of the problem.", ("code",), registry=registry
@@ -132,8 +133,12 @@ class Metrics:
             yield
 
     def request_done(self, budget: str, status: int, seconds: float) -> None:
-        self._requests.labels(budget, str(status)).inc()
-        self._request_seconds.labels(budget).observe(seconds)
+        if (series := self._done.get((budget, status))) is None:
+            series = self._requests.labels(budget, str(status)), self._request_seconds.labels(budget)
+            self._done[budget, status] = series
+        count, duration = series
+        count.inc()
+        duration.observe(seconds)
 
     def image_refused(self, code: str) -> None:
         self._image_errors.labels(code).inc()
@@ -195,7 +200,8 @@ class Metrics:
         if rung.point is None:
             self._served.labels(DENSE, budget).inc()
             return
-        self._served.labels(CUSTOM if rung.measured is None else str(rung.measured.operating_point), budget).inc()
+        name = CUSTOM if rung.measured is None else f"{rung.measured.operating_point} {rung.model}".rstrip()
+        self._served.labels(name, budget).inc()
         self._capacity_factor.observe(rung.point.capacity_factor)
         self._num_selected_experts.observe(rung.num_selected_experts)
         for kept, share in zip(self._kept, inference.kept, strict=True):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
-import uuid
 from typing import cast
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -45,7 +45,7 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         sent = Headers(scope=scope).get(_HEADER, "")
-        request_id = sent if _SANE_ID.fullmatch(sent) else uuid.uuid4().hex
+        request_id = sent if _SANE_ID.fullmatch(sent) else os.urandom(16).hex()
         scope["state"] = {**scope.get("state", {}), "request_id": request_id, "budget": INVALID}
         if scope["path"] != CLASSIFY_PATH:
             await self._answer(scope, receive, send)

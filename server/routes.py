@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server import errors
-from server.answer import describe_model, describe_policy, describe_result, server_timing
+from server.answer import describe_answer, describe_model, describe_policy, describe_result, server_timing
 from server.decode import MEDIA_TYPES
 from server.gateway import Gateway
 from server.problems import describe_error, problem_responses
@@ -102,11 +102,8 @@ def build_classify(
         if len(outcomes) == 1:
             if isinstance(outcomes[0], errors.ImageError):
                 raise outcomes[0]
-            result = describe_result(outcomes[0], manifest, ask)
-            return _json(
-                Classification(request_id=request_id, model=manifest.name, version=manifest.version, **dict(result)),
-                [result],
-            )
+            answer = describe_answer(outcomes[0], manifest, ask, request_id)
+            return _json(answer, [answer])
         results: list[Result | ImageFailure] = [
             ImageFailure(error=describe_error(outcome, request_id))
             if isinstance(outcome, errors.ImageError)

@@ -79,7 +79,8 @@ def find_source(path: Path) -> Source:
         return Source("state_dict", path, (path,))
     raise CheckpointError(
         f"{path} is no checkpoint: neither a directory of `python -m vmoe train`, nor a prefix with {index.name} "
-        f"beside it, nor an Orbax folder, nor a file .npz or {', '.join(_STATE_DICT_SUFFIXES)}"
+        f"beside it, nor an Orbax folder, nor a file .npz or {', '.join(_STATE_DICT_SUFFIXES)}; of an exported bundle "
+        "`python -m exporter recover` makes one"
     )
 
 

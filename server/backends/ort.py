@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +15,9 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from exporter.bundle import Bundle, BundleError
 from exporter.tensors import TensorType, graph_inputs, graph_outputs
-from server.backends.base import Batch, Outputs
+from server.backends import packed
+from server.backends.base import BackendError, Batch, Outputs
+from server.backends.packed import packed_model
 from vmoe.preprocess import normalize
 
 # In order of preference; the CUDA one exists only where onnxruntime-gpu is installed.
@@ -36,25 +40,27 @@ class OrtBackend:
     Arguments:
         bundle: its files were verified against the manifest.
         threads: of one inference; 0 lets ONNX Runtime choose.
+        packed_weights: directory of `packed`; None packs in memory.
 
     Raises:
         BundleError: ONNX Runtime cannot load the graph, or its tensors are not those of the manifest.
+        BackendError: `packed_weights` cannot be written, or not on this hardware.
     """
 
     num_workers = 1
     floors_only = False
     cancellable = False
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int, packed_weights: Path | None = None) -> None:
         self._manifest = bundle.manifest
+        path = bundle.model_path
+        if packed_weights is not None:
+            if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+                raise BackendError("packed_weights is for processors; leave it out where onnxruntime-gpu is installed")
+            path = packed_model(self._manifest, packed_weights, partial(_pack, path))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        available = onnxruntime.get_available_providers()
-        providers = [provider for provider in _PROVIDERS if provider in available]
-        try:
-            self._session = onnxruntime.InferenceSession(bundle.model_path, options, providers=providers)
-        except _LOAD_ERRORS as error:
-            raise BundleError(f"ONNX Runtime cannot load {bundle.model_path}: {error}") from error
+        self._session = _open(path, options)
         _check_tensors(self._session, bundle)
         self._run_options = onnxruntime.RunOptions()
         # `token_experts` costs nothing in batches that do not ask for it.
@@ -83,6 +89,25 @@ class OrtBackend:
         names = ["logits", "kept", "expert_load"] + ["token_experts"] * batch.explain
         logits, kept, expert_load, *rest = self._session.run(names, feeds, self._run_options)
         return Outputs(logits, kept, expert_load, rest[0] if rest else None)
+
+
+def _open(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    available = onnxruntime.get_available_providers()
+    providers = [provider for provider in _PROVIDERS if provider in available]
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=providers)
+    except _LOAD_ERRORS as error:
+        raise BundleError(f"ONNX Runtime cannot load {path}: {error}") from error
+
+
+def _pack(path: Path, folder: Path) -> None:
+    """Loads the graph at `path`, and writes it as it was optimised, with packed weights, into `folder`."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; it warns that the files are for this hardware
+    options.optimized_model_filepath = str(folder / packed.MODEL)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", packed.WEIGHTS)
+    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    _open(path, options)
 
 
 def _check_tensors(session: onnxruntime.InferenceSession, bundle: Bundle) -> None:

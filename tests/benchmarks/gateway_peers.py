@@ -3,13 +3,13 @@
     ours       `python -m server --policy fixed`, pinned to the full operating point
     litserve   at the best of several batch timeouts, tried before; batches as large as ours
     fastapi    FastAPI, a thread pool, one session, no batches
-    inference  the session alone in one thread, in batches of 8 and of 1: what no server can save
+    inference  the session alone in one thread, in batches of 16, 8 and 1: what no server can save
 
 Each has one thread per run of ONNX Runtime, and all cores but the last, which the load generator has. Images of
 Fashion-MNIST, PNG and JPEG in turn, are sent as raw bodies on connections that stay open. In every round each server
-has (1) 16 users in a closed loop, for throughput and processor time per answer, and (2) Poisson arrivals at 70 % of the
-throughput that the slowest had in round 1, for latency from the scheduled arrival. Whose turn it is not is stopped,
-since LitServe polls its queue. Writes gateway_peers.json, .md and .png.
+has (1) users in a closed loop, 16 and 32, for throughput and processor time per answer, and (2) Poisson arrivals at
+70 % of the least throughput of round 1, for latency from the scheduled arrival. Whose turn it is not is stopped, since
+LitServe polls its queue. Writes gateway_peers.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ from tests.benchmarks.live_gateway import (
 from tests.benchmarks.peers.classifier import Classifier
 from tests.benchmarks.peers.running import Server, alone, ours, peer, target_of
 
-USERS, CLOSED_S, OPEN_S, SHARE = 16, 3.0, 6.0, 0.7
+# With 16, half of them wait while the other half is in a batch; with 32 there is a full batch of 16 for everybody.
+USERS = (16, 32)
+CLOSED_S, OPEN_S, SHARE = 2.0, 6.0, 0.7
 BATCH_TIMEOUTS_MS = (1.0, 2.0, 5.0)  # LitServe's default, 0, polls without a pause
-INFERENCE_BATCHES = (8, 1)
+INFERENCE_BATCHES = (16, 8, 1)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Turn:
     """One server's share of a round.
 
     Attributes:
-        throughput_hz, cpu_s: answers per second, and processor time of each, in the closed loop.
+        throughput_hz, cpu_s: answers per second, and processor time of each, by number of users in a closed loop.
         rate_hz: offered in the open loop.
         latency_s: of its answers.
         failed: requests without an answer.
@@ -72,26 +74,28 @@ class Turn:
     """
 
     server: str
-    throughput_hz: float
-    cpu_s: float
+    throughput_hz: dict[int, float]
+    cpu_s: dict[int, float]
     rate_hz: float
     latency_s: list[float]
     failed: int
     lag_p99_s: float
 
 
-async def throughput(server: Server, images: Images, duration_s: float) -> tuple[float, float]:
+async def throughput(server: Server, images: Images, users: int) -> tuple[float, float]:
     """Answers per second, and processor seconds of the server for each."""
     before_s = process_tree.cpu_s(server.pid)
     async with connect(server.url, TIMEOUT_S, target_of(server)) as client:
-        rate_hz, answers = await closed_loop(client, images, USERS, duration_s)
+        rate_hz, answers = await closed_loop(client, images, users, CLOSED_S)
     if not answers:
         raise SystemExit(f"{server.name} answered nothing")
     return rate_hz, (process_tree.cpu_s(server.pid) - before_s) / answers
 
 
-async def turn(server: Server, images: Images, rate_hz: float, closed: tuple[float, float], seed: int) -> Turn:
-    """The open loop; `closed` is from `throughput`."""
+async def turn(
+    server: Server, images: Images, rate_hz: float, closed: Sequence[tuple[float, float]], seed: int
+) -> Turn:
+    """The open loop; `closed` is from `throughput`, of each number of users."""
     trace = draw(Kind.poisson, rate_hz, TERMS.warmup_s + OPEN_S, seed=seed)
     async with connect(server.url, TIMEOUT_S, target_of(server)) as client:
         record = await offer(client, Plan(trace, "poisson", TERMS, seed), images)
@@ -100,7 +104,8 @@ async def turn(server: Server, images: Images, rate_hz: float, closed: tuple[flo
     lag_s = (record.sent_s - record.due_s)[counted]
     return Turn(
         server.name,
-        *closed,
+        {users: answers_hz for users, (answers_hz, _) in zip(USERS, closed, strict=True)},
+        {users: cpu_s for users, (_, cpu_s) in zip(USERS, closed, strict=True)},
         rate_hz,
         record.outcomes.latency_s[answered].tolist(),
         int(counted.sum() - answered.sum()),
@@ -117,8 +122,8 @@ def measured(servers: Sequence[Server], images: Images, rounds: int) -> list[Tur
         closed = {}
         for server in order:
             with alone(server, servers):
-                closed[server.name] = asyncio.run(throughput(server, images, CLOSED_S))
-        rate_hz = rate_hz or SHARE * min(throughput_hz for throughput_hz, _ in closed.values())
+                closed[server.name] = [asyncio.run(throughput(server, images, users)) for users in USERS]
+        rate_hz = rate_hz or SHARE * min(answers_hz for each in closed.values() for answers_hz, _ in each)
         for server in order:
             with alone(server, servers):
                 turns.append(asyncio.run(turn(server, images, rate_hz, closed[server.name], number)))
@@ -150,7 +155,7 @@ def rate_by_batch_timeout_ms(images: Images) -> dict[float, float]:
     found = {}
     for timeout_ms in BATCH_TIMEOUTS_MS:
         with peer("litserve", f"{timeout_ms:g}") as server:
-            found[timeout_ms], _ = asyncio.run(throughput(server, images, CLOSED_S))
+            found[timeout_ms], _ = asyncio.run(throughput(server, images, USERS[0]))
     return found
 
 

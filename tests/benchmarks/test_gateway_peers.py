@@ -79,15 +79,15 @@ def test_turn_when_it_is_one_server_s_then_only_the_other_is_stopped_and_goes_on
 
 def test_table_when_ours_is_twice_as_fast_in_one_round_and_equal_in_the_other_then_the_ratio_is_their_median() -> None:
     def turn(server: str, throughput_hz: float, cpu_s: float, failed: int) -> Turn:
-        return Turn(server, throughput_hz, cpu_s, 70.0, [0.01, 0.02, 0.03], failed, 0.002)
+        return Turn(server, {16: throughput_hz}, {16: cpu_s}, 70.0, [0.01, 0.02, 0.03], failed, 0.002)
 
     slow = turn("slow", 100, 0.009, 0)
     turns = [turn("ours", 200, 0.004, 1), slow, turn("ours", 100, 0.006, 1), slow]
     text = markdown(turns, {8: 0.003}, {2.0: 99.0}, "conditions")
     # Medians of 200 and 100, and of 4 and 6 ms; of six latencies the middle two are 20, the last two 30 ms.
-    assert "| ours | 150 | 20.0 | 30.0 | 5.00 | 2 |" in text
-    assert "Throughput of ours over slow: 1.50, by round 2.00, 1.00." in text
-    assert "inference alone in batches of 8: 2.00 ms" in text
+    assert "| ours | 150 | 5.00 | 20.0 | 30.0 | 2 |" in text
+    assert "Throughput of ours over slow with 16 users: 1.50, by round 2.00, 1.00." in text
+    assert "3.00 ms in batches of 8" in text
     assert "2 ms 99/s" in text
     assert "late by 2.0 ms" in text
 

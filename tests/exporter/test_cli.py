@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,11 @@ from typer.testing import CliRunner, Result
 
 import exporter.export
 import exporter.profiling
-from exporter.bundle import Bundle
+from exporter.bundle import Bundle, BundleError
 from exporter.cli import app
 from exporter.parity import ParityError, check_parity, model_answers
 from exporter.profiling import Effort, default_effort, make_points
+from exporter.recover import recover
 from exporter.session import open_session, run
 from tests.exporter.models import SMALL, graph_of, pixels, random_checkpoint, session_of, with_moe
 from vmoe.checkpoint import Checkpoint, save_checkpoint
@@ -69,6 +71,72 @@ def test_export_with_images_writes_accuracy_latency_and_parity_of_every_point(tm
     assert "class 0" in manifest.labels
     assert left_behind(tmp_path) == ["tiny"]
     assert "max_batch_size: 32" in (tmp_path / "repository" / "tiny" / "config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize("arguments", [("--images", "images"), (), ("--input", "float32"), ("--group-images", "2")])
+def test_export_in_int8_records_scales_agreement_and_accuracy(
+    tmp_path: Path, folder: Path, arguments: tuple[str, ...]
+) -> None:
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
+    # A random model has hardly a best class to keep: 0.5.
+    options = ("--dtype", "int8", "--calibration-images", str(folder), "--min-agreement", "0.5", "--tolerance", "0.5")
+    arguments = tuple(str(folder) if argument == "images" else argument for argument in arguments)
+    result = export(tmp_path, *options, *arguments, "--point", "0.3,1", "--point", "1,2")
+    assert result.exit_code == 0, result.output
+    bundle = Bundle.load(tmp_path / "repository" / "tiny")
+    manifest = bundle.manifest
+    assert manifest.weights == "int8"
+    with pytest.raises(BundleError, match="weights rounded to 8 bits; recover the float32 bundle"):
+        recover(bundle)
+    assert manifest.quantisation is not None
+    # Without other images to compare on, half of the 20 are kept for that.
+    assert manifest.quantisation.num_images == (20 if "--images" in arguments else 10)
+    assert manifest.quantisation.points == ("(0.3, 1)", "(1, 2)")
+    assert manifest.parity is not None
+    assert manifest.parity.relative_error is not None
+    assert 0 < manifest.parity.relative_error < 0.5
+    assert manifest.parity.num_comparisons == (40 if "--images" in arguments else 20)
+    assert [p.accuracy is not None for p in manifest.points] == ["--images" in arguments] * 2
+
+
+@pytest.mark.parametrize(
+    ("option", "limit", "message"),
+    [
+        ("--tolerance", "0.0001", r"in 8 bits are off by \d\S+ of their spread, allowed is 0\.0001"),
+        ("--min-agreement", "1", r"agree on the best class of \d\S+% of the images, at least 100\.00%"),
+    ],
+)
+def test_export_in_int8_beyond_its_limits_leaves_nothing(
+    tmp_path: Path, folder: Path, option: str, limit: str, message: str
+) -> None:
+    checkpoint = random_checkpoint(SMALL)
+    state = dict(checkpoint.state)
+    for name in ("head.bias", "norm.bias"):  # nothing but the image decides, and 8 bits change some image's best class
+        state[name] = state[name] * 0
+    save_checkpoint(tmp_path / "checkpoint", replace(checkpoint, state=state))
+    options = ["--tolerance", "9", "--min-agreement", "0"]
+    options[options.index(option) + 1] = limit
+    result = export(tmp_path, "--dtype", "int8", "--calibration-images", str(folder), *options)
+    assert result.exit_code == 1
+    assert re.search(message, result.output)
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize("arguments", [("--dtype", "int8"), ("--calibration-images", "images")])
+def test_int8_and_calibration_images_go_together(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
+    result = export(tmp_path, *arguments)
+    assert result.exit_code == 2
+    assert "--calibration-images go together" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_one_image_is_too_few_to_calibrate_and_to_compare(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
+    (tmp_path / "one" / "class 0").mkdir(parents=True)
+    Image.new("RGB", (20, 30)).save(tmp_path / "one" / "class 0" / "0.png")
+    result = export(tmp_path, "--dtype", "int8", "--calibration-images", str(tmp_path / "one"))
+    assert result.exit_code == 1
+    assert "one holds 1 images, int8 needs 2 at least" in result.output
 
 
 @pytest.mark.parametrize("arguments", [("--dtype", "float16"), ("--input", "float32"), ("--group-images", "2")])

@@ -140,7 +140,8 @@ def test_image_in_any_company_answers_as_alone_to_the_bit(tmp_path: Path) -> Non
 
 
 def test_runs_on_several_threads_repeat_to_the_bit(tmp_path: Path) -> None:
-    # One ScatterND over all experts would be a data race here: 50 of 150 runs came out wrong in a prototype.
+    # A ScatterND that adds the rows of all experts to their tokens would be a data race here: 50 of 150 runs came
+    # out wrong in a prototype. Ours writes to places that no two rows share.
     session = session_of(graph_of(random_checkpoint(SMALL)), tmp_path / "model.onnx", threads=4)
     feeds = {
         "images": pixels(SMALL, batch=16),
@@ -165,6 +166,32 @@ def test_tokens_with_equal_gates_are_served_by_position(tmp_path: Path) -> None:
     experts = session.run(["token_experts"], feeds)[0][0, 0, :, 0]
     assert (experts[:4] >= 0).all()
     assert (experts[4:] == -1).all()
+
+
+def test_priorities_that_float32_cannot_tell_apart_are_refused() -> None:
+    # 40 experts: a first gate is at least 1 / 40 > 2^-6, and a bit for rounding: 7 bits per choice, 126 there are.
+    config = with_moe(num_experts=40)
+    graph_of(random_checkpoint(config), max_selected_experts=18)
+    with pytest.raises(ValueError, match="19 of 40 experts; priorities are told apart for K up to 18"):
+        graph_of(random_checkpoint(config), max_selected_experts=19)
+
+
+@torch.inference_mode()
+def test_first_choices_come_before_second_ones_however_small_their_gates(tmp_path: Path) -> None:
+    # Weak routers: all gates are near 1 / E, so that keys of neighbouring choices are as close as they get.
+    config = replace(with_moe(num_experts=8), hidden_size=16)
+    checkpoint = random_checkpoint(config)
+    state = {name: value * 1e-3 if "router" in name else value for name, value in checkpoint.state.items()}
+    checkpoint = replace(checkpoint, state=state)
+    session = session_of(graph_of(checkpoint, max_selected_experts=8), tmp_path / "model.onnx")
+    images, slots, selected = pixels(config, 4), np.full((4, 2), 3), np.full((4, 1), 8)
+    (experts,) = session.run(["token_experts"], {"images": images, "slots": slots, "num_selected_experts": selected})
+    inputs = torch.from_numpy(normalize(images, checkpoint.preprocessing))
+    expected = checkpoint.model()(
+        inputs, torch.from_numpy(slots), torch.from_numpy(selected[:, 0]), with_statistics=True
+    ).statistics
+    assert expected is not None
+    np.testing.assert_array_equal(experts, token_experts(expected, 8).numpy())
 
 
 def test_no_slots_in_any_layer_leaves_the_residual(tmp_path: Path) -> None:
