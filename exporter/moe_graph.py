@@ -228,9 +228,13 @@ class MoeLayers:
 
     def combine(self, residual: ir.Value, weights: ir.Value, pairs: ir.Value, answers: ir.Value) -> ir.Value:
         """Adds answers (P, D) of the pairs with these places (P,) to the residual (N, D); weights (N, 1, K)."""
-        size = self.config.hidden_size
-        shape = self.op("Concat", self._num_places(residual, 1), self.constant([size]), axis=0)
+        shape = self.op("Concat", self._num_places(residual, 1), self.constant([self.config.hidden_size]), axis=0)
         placed = self.op("ScatterND", self.op("ConstantOfShape", shape), self.reshape(pairs, -1, 1), answers)
+        return self.weigh(residual, weights, placed)
+
+    def weigh(self, residual: ir.Value, weights: ir.Value, placed: ir.Value) -> ir.Value:
+        """Adds what experts answered to every pair, (N * K, D), to the residual (N, D); weights (N, 1, K)."""
+        size = self.config.hidden_size
         combined = self.op("MatMul", weights, self.reshape(placed, -1, self.choices, size))  # (N, 1, D)
         return self.op("Add", residual, self.reshape(combined, -1, size))
 

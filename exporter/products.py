@@ -38,6 +38,11 @@ class Products:
         """(N, in) -> (N, out)."""
         return tape.op("Gemm", operand, tape.weight(*weight, factor=factor), tape.weight(*bias, factor=factor))
 
+    def batched(self, tape: Tape, operand: ir.Value, weight: Parameter, bias: Parameter) -> ir.Value:
+        """(E, n, in) -> (E, n, out), with weights (E, in, out) and biases (E, out)."""
+        product = tape.op("MatMul", operand, tape.weight(*weight))
+        return tape.op("Add", product, tape.weight(bias[0], bias[1][:, None]))
+
     def of_pixels(
         self,
         tape: Tape,

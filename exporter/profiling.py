@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from exporter.bundle import Latency, Point, Profile
+from exporter.bundle import Latency, Point, Profile, dominates
 from exporter.machine import processor
 from exporter.session import run
 from vmoe.config import ModelConfig
@@ -204,7 +204,7 @@ def with_accuracy(config: ModelConfig, points: Sequence[Point], measured: Sequen
     ]
     ordered = _with_compute(config, filled)
     return tuple(
-        point.model_copy(update={"dominated": point is not ordered[-1] and any(_beats(q, point) for q in ordered)})
+        point.model_copy(update={"dominated": point is not ordered[-1] and any(dominates(q, point) for q in ordered)})
         for point in ordered
     )
 
@@ -283,11 +283,3 @@ def _assignments(config: ModelConfig, point: Point) -> list[float]:
         return [share * asked for share in point.kept]
     filled = [slots * config.moe.num_experts / group for slots in point.slots]
     return filled if config.moe.router == "items_per_expert" else [min(pairs, asked) for pairs in filled]
-
-
-def _beats(one: Point, other: Point) -> bool:
-    """`one` is at least as accurate at no more compute, and better in one of both."""
-    assert one.accuracy is not None
-    assert other.accuracy is not None
-    no_worse = one.accuracy >= other.accuracy and one.relative_compute <= other.relative_compute
-    return no_worse and (one.accuracy > other.accuracy or one.relative_compute < other.relative_compute)

@@ -36,6 +36,7 @@ import torch
 import typer
 from rich.progress import Progress
 
+from exporter.cuda import PaddedLayers
 from exporter.machine import processor
 from exporter.moe_graph import MoeLayers
 from tests.benchmarks.model_speed_page import Findings, Timed, page, plot
@@ -53,7 +54,7 @@ from tests.benchmarks.model_subjects import (
     open_session,
 )
 from tests.benchmarks.operator_profile import Profile, profile
-from tests.benchmarks.peer_graphs import MaskedLayers, PaddedLayers, packed_matmul
+from tests.benchmarks.peer_graphs import MaskedLayers, packed_matmul
 from tests.benchmarks.torch_compiled import BATCHES, compile_within, compiled, run, torch_inputs
 
 OUT = Path("docs/bench")

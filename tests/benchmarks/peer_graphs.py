@@ -1,7 +1,6 @@
 """Other ways to run the experts of a V-MoE, for comparison with `exporter.moe_graph`: same routing, same answers.
 
-Axes: B images, N tokens of a batch (B * S), D hidden, M width of the experts, E experts, K choices per token, G groups,
-F slots of each group.
+Axes: N tokens of a batch, E experts, K choices per token.
 """
 
 from __future__ import annotations
@@ -29,27 +28,6 @@ class MaskedLayers(MoeLayers):
             weight = self.op("Gather", by_expert, self.constant(e), axis=0)
             residual = self.op("Add", residual, self.op("Mul", self._expert(operand, e, name), weight))
         return residual
-
-
-class PaddedLayers(MoeLayers):
-    """Buffers of one size for all experts, as in the reference: the largest slots of the batch for each image, whatever
-    is in them, and batched MatMuls."""
-
-    def serve(self, normed: ir.Value, residual: ir.Value, weights: ir.Value, slots: Slots, name: str) -> ir.Value:
-        experts, size = self.moe.num_experts, self.config.hidden_size
-        place, filled = (self.reshape(each, experts, -1) for each in (slots.place, slots.filled))  # (E, G * F)
-        rows = self.op("Gather", normed, self.op("Div", place, self.constant(self.choices)), axis=0)
-        weight_in, bias_in, weight_out, bias_out = (
-            self.tape.weight(f"{name}.experts.{part}", self.tape.state[f"{name}.experts.{part}"][:, None]
-                             if part.startswith("bias") else self.tape.state[f"{name}.experts.{part}"])
-            for part in ("weight_in", "bias_in", "weight_out", "bias_out")
-        )  # fmt: skip
-        hidden = self.op("Add", self.op("MatMul", rows, weight_in), bias_in)
-        hidden = self.op("Gelu", hidden, approximate=self.config.gelu_approximation)
-        answers = self.op("Add", self.op("MatMul", hidden, weight_out), bias_out)  # (E, G * F, D)
-        pairs, filled = self.reshape(place, -1), self.reshape(filled, -1)
-        kept = self.op("Compress", self.reshape(answers, -1, size), filled, axis=0)
-        return self.combine(residual, weights, self.op("Compress", pairs, filled), kept)
 
 
 def packed_matmul(rows: int, inner: int, columns: int) -> ir.Model:

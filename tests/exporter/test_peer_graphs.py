@@ -8,9 +8,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from exporter.cuda import PaddedLayers
 from exporter.graph import build_graph
 from exporter.moe_graph import MoeLayers
-from tests.benchmarks.peer_graphs import MaskedLayers, PaddedLayers
+from tests.benchmarks.peer_graphs import MaskedLayers
 from tests.exporter.models import SMALL, pixels, random_checkpoint, session_of
 
 
