@@ -265,6 +265,14 @@ def frontier(points: Sequence[Point]) -> tuple[Point, ...]:
     return tuple(point for point in points if not point.dominated)
 
 
+def dominates(one: Point, other: Point) -> bool:
+    """`one` is at least as accurate at no more compute, and better in one of both. Both were measured."""
+    assert one.accuracy is not None
+    assert other.accuracy is not None
+    no_worse = one.accuracy >= other.accuracy and one.relative_compute <= other.relative_compute
+    return no_worse and (one.accuracy > other.accuracy or one.relative_compute < other.relative_compute)
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Replaces the manifest of a bundle; a reader sees the old file or the new one."""
     temporary = directory / f".{MANIFEST_FILE}.new"

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from exporter.bundle import Bundle, Manifest
 from exporter.figure import draw_points
-from exporter.measure import measure_bundle
+from exporter.measure import measure_bundle, time_together
 from exporter.triton_config import TritonOptions
 from exporter.triton_directory import write_model_directory, write_triton_files
 from vmoe.architecture import Hints, parse_image_size
@@ -193,6 +193,10 @@ def export(
     profile_only: Annotated[
         bool, typer.Option("--profile-only", help="Measure OUT/NAME again on this machine; export nothing.")
     ] = False,
+    profile_with: Annotated[
+        list[str] | None,
+        typer.Option(help="With --profile-only: another bundle of the model, timed in the same run; may be repeated."),
+    ] = None,
     triton_backend: Annotated[
         TritonBackendName, typer.Option(help="Triton's backend; python is for servers without ONNX Runtime's.")
     ] = TritonBackendName.onnxruntime,
@@ -220,6 +224,8 @@ def export(
     with _clear_errors():
         if triton_repository is not None and not triton_only:
             raise typer.BadParameter("--triton-repository goes with --triton-only")
+        if profile_with and not profile_only:
+            raise typer.BadParameter("--profile-with goes with --profile-only")
         if triton_only:
             if checkpoint is not None or profile_only:
                 raise typer.BadParameter("--triton-only takes neither CHECKPOINT nor --profile-only")
@@ -233,6 +239,14 @@ def export(
         if profile_only:
             if checkpoint is not None:
                 raise typer.BadParameter("--profile-only measures OUT/NAME and takes no CHECKPOINT")
+            if profile_with:
+                if images is not None or rounds == 0:
+                    raise typer.BadParameter("--profile-with times bundles: it takes no --images and no --rounds 0")
+                together = [name, *profile_with]
+                time_together([out / each for each in together], threads, rounds, console)
+                for each in together:
+                    _print_points(Bundle.load(out / each, verify=False).manifest)
+                return
             manifest = measure_bundle(out / name, images, threads, rounds, console)
         else:
             # Imports torch. Measuring a bundle must work where it is served, and there is no torch there.

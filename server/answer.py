@@ -108,7 +108,7 @@ def describe_model(manifest: Manifest, policy: ActivePolicy, ladder: Ladder) -> 
         channels=preprocessing.channels,
         max_selected_experts=manifest.max_selected_experts,
         max_capacity_factor=None if moe is None else float(moe.num_experts),
-        points=[_model_point(point) for point in manifest.points],
+        points=[_model_point(rung.measured, rung.model) for rung in ladder.rungs if rung.measured],
         budgets=_budgets(policy, ladder),
     )
 
@@ -178,16 +178,18 @@ def _operating_point(rung: Rung) -> OperatingPointBody | None:
         slots=list(rung.slots),
         accuracy=rung.accuracy,
         relative_compute=None if rung.measured is None else rung.measured.relative_compute,
+        bundle=rung.model or None,
     )
 
 
-def _model_point(point: Point) -> ModelPoint:
+def _model_point(point: Point, model: str) -> ModelPoint:
     return ModelPoint(
         capacity_factor=point.capacity_factor,
         num_selected_experts=point.num_selected_experts,
         slots=list(point.slots),
         accuracy=point.accuracy,
         relative_compute=point.relative_compute,
+        bundle=model or None,
         dominated=point.dominated,
         latency=[
             LatencyBody(

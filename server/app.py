@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -30,14 +30,19 @@ from server.upload import UploadLimits
 _CLOSE_TIMEOUT_S: Final = 5
 
 
-def create_server(settings: Settings, bundle: Bundle, backend: Backend, registry: CollectorRegistry) -> GracefulServer:
+def create_server(
+    settings: Settings, bundle: Bundle, backend: Backend, registry: CollectorRegistry, models: Sequence[str] = ()
+) -> GracefulServer:
     """The server; it warms up in the background once it runs, and drains when it stops.
+
+    Arguments:
+        models: see `server.combine`.
 
     Raises:
         BundleError, PolicyError, RecordError: it must not listen.
     """
     metrics = Metrics(registry, bundle.manifest.architecture.moe)
-    gateway = Gateway(settings, bundle, backend, metrics)
+    gateway = Gateway(settings, bundle, backend, metrics, models)
     # Last of all that can fail: it leaves a file behind.
     recorder = None if settings.record is None else Recorder(settings.record, settings.record_max_bytes)
     config = uvicorn.Config(

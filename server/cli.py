@@ -19,6 +19,7 @@ from exporter.bundle import Bundle, BundleError
 from server.app import create_server
 from server.backends.base import BackendError
 from server.backends.choice import create_backend
+from server.combine import combine
 from server.policy_file import PolicyError
 from server.record import RecordError
 from server.settings import Settings
@@ -36,8 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         bundle = Bundle.load(settings.model_repository / settings.model)
         registry = CollectorRegistry()
-        backend = create_backend(settings, bundle, registry)
-        server = create_server(settings, bundle, backend, registry)
+        others = [Bundle.load(settings.model_repository / name) for name in settings.also_models]
+        combined = combine(bundle, others)
+        backend = create_backend(settings, bundle, registry, others)
+        server = create_server(settings, combined.bundle, backend, registry, combined.models)
     except (BackendError, BundleError, PolicyError, RecordError) as error:
         logger.error("%s", error)
         sys.exit(1)

@@ -282,6 +282,7 @@ class Engine:
             explain=any(work.explain for work in works),
             profiled_s=batch.median_s / self._scheduler.latency.scale,
             deadline_s=max(request.deadline_s for request in batch.requests),
+            models=tuple(rung.model for rung in rungs),
         )
 
     def _fail(self, requests: Sequence[Request], error: type[GatewayError], detail: str) -> None:

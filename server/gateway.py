@@ -65,7 +65,9 @@ class Gateway:
         PolicyError: the policy cannot be used.
     """
 
-    def __init__(self, settings: Settings, bundle: Bundle, backend: Backend, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, bundle: Bundle, backend: Backend, metrics: Metrics, models: Sequence[str] = ()
+    ) -> None:
         manifest = bundle.manifest
         moe = manifest.architecture.moe
         if moe is not None and moe.group_images != 1:
@@ -75,7 +77,7 @@ class Gateway:
                 "export with --group-images 1"
             )
         self.bundle = bundle
-        self.ladder = Ladder.of(manifest)
+        self.ladder = Ladder.of(manifest, models)
         self._policies = PolicySource(
             settings.policy, bundle, self.ladder, settings.request_timeout_s, force=settings.force_policy
         )
@@ -267,11 +269,13 @@ class Gateway:
         return True
 
     async def _warm_up(self) -> None:
-        """Runs the cheapest and the full point, alone and in a full batch, and shows the times to the latency model."""
+        """Runs the cheapest point of every bundle and the full one, alone and in a full batch, and shows the times to
+        the latency model."""
         ladder, latency = self.ladder, self.scheduler.latency
         sizes = (1, self._max_batch_size)
         full_s = []
-        for rung in dict.fromkeys((ladder.frontier[0], ladder.full)):
+        first = {ladder.rungs[rung].model: rung for rung in reversed(ladder.frontier)}
+        for rung in dict.fromkeys((*first.values(), ladder.full)):
             for size in sizes:
                 times_s = [await self._time_batch(rung, size) for _ in range(_WARM_UP_RUNS)][1:]
                 if self._profiled:
@@ -289,6 +293,7 @@ class Gateway:
             num_selected_experts=np.full((size, 1), point.num_selected_experts, np.int64),
             explain=False,
             profiled_s=self.scheduler.latency.uniform_s(rung, size),
+            models=(point.model,) * size,
         )
         now = asyncio.get_running_loop().time
         started_s = now()

@@ -27,6 +27,7 @@ class Rung:
         accuracy: measured top-1, None where the bundle was exported without images.
         value: what an answer at this rung is worth to a policy: the accuracy, or a stand-in where it is unknown.
         measured: the manifest's entry; None for a dense model.
+        model: name of the bundle that runs it, "" for the one that is served by name.
     """
 
     point: OperatingPoint | None
@@ -34,6 +35,7 @@ class Rung:
     accuracy: float | None
     value: float
     measured: Point | None
+    model: str = ""
 
     @property
     def num_selected_experts(self) -> int:
@@ -55,7 +57,10 @@ class Ladder:
 
     def __init__(self, rungs: Sequence[Rung], frontier: Sequence[int]) -> None:
         self.rungs, self.frontier = tuple(rungs), tuple(frontier)
-        self._index = {(rung.num_selected_experts, rung.slots): index for index, rung in enumerate(self.rungs)}
+        # What is asked for by C and K is the served bundle's.
+        self._index = {
+            (rung.num_selected_experts, rung.slots): index for index, rung in enumerate(self.rungs) if not rung.model
+        }
         self.values = tuple(rung.value for rung in self.rungs)
 
     def __len__(self) -> int:
@@ -66,21 +71,21 @@ class Ladder:
         return len(self.rungs) - 1
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Ladder:
-        """The ladder of a bundle."""
+    def of(cls, manifest: Manifest, models: Sequence[str] = ()) -> Ladder:
+        """The ladder of a bundle, or of several, see `server.combine`; `models` then names the bundle of each point."""
         if not manifest.points:
             return cls([Rung(None, (), None, 1.0, None)], [0])
         rungs = []
-        for point in manifest.points:
+        for point, model in zip(manifest.points, models or [""] * len(manifest.points), strict=True):
             value = point.accuracy
             if value is None:
                 value = 1.0 - UNMEASURED_SLOPE * (1.0 - point.relative_compute)
-            rungs.append(Rung(point.operating_point, point.slots, point.accuracy, value, point))
+            rungs.append(Rung(point.operating_point, point.slots, point.accuracy, value, point, model))
         frontier = [index for index, point in enumerate(manifest.points) if not point.dominated]
         return cls(rungs, frontier)
 
     def find(self, num_selected_experts: int, slots: tuple[int, ...]) -> int | None:
-        """The rung with exactly this K and these slots."""
+        """The served bundle's rung with exactly this K and these slots."""
         return self._index.get((num_selected_experts, slots))
 
     def charge(self, slots: tuple[int, ...]) -> int:
@@ -89,4 +94,5 @@ class Ladder:
         A point above the full one is charged as the full one; the online latency model learns the difference.
         """
         wanted = sum(slots)
-        return next((index for index, rung in enumerate(self.rungs) if rung.num_slots >= wanted), self.full)
+        enough = (index for index, rung in enumerate(self.rungs) if rung.num_slots >= wanted and not rung.model)
+        return next(enough, self.full)

@@ -200,7 +200,8 @@ class Metrics:
         if rung.point is None:
             self._served.labels(DENSE, budget).inc()
             return
-        self._served.labels(CUSTOM if rung.measured is None else str(rung.measured.operating_point), budget).inc()
+        name = CUSTOM if rung.measured is None else f"{rung.measured.operating_point} {rung.model}".rstrip()
+        self._served.labels(name, budget).inc()
         self._capacity_factor.observe(rung.point.capacity_factor)
         self._num_selected_experts.observe(rung.num_selected_experts)
         for kept, share in zip(self._kept, inference.kept, strict=True):

@@ -192,7 +192,7 @@ def _rung(budget: str, key: str, text: str, ladder: Ladder) -> int:
     named = {"cheapest": ladder.frontier[0], "full": ladder.full}
     if text in named:
         return named[text]
-    points = {str(rung.point): index for index, rung in enumerate(ladder.rungs) if rung.point is not None}
+    points = {str(rung.point): index for index, rung in enumerate(ladder.rungs) if rung.point and not rung.model}
     try:
         return points[str(parse_point(text))]
     except (ValueError, KeyError) as error:

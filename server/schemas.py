@@ -38,7 +38,13 @@ class OperatingPointBody(_Body):
     slots: list[int] = Field(description="buffer slots per expert, for each MoE layer")
     accuracy: float | None = Field(description="measured top-1 accuracy; null where nothing was measured")
     relative_compute: float | None = Field(
-        description="multiply-accumulates over those of the full point; null where the manifest has no such point"
+        description="multiply-accumulates over those of the full point, time over its time where several bundles are "
+        "served; null where the manifest has no such point"
+    )
+    bundle: str | None = Field(
+        default=None,
+        exclude_if=lambda name: name is None,
+        description="of several bundles the one that ran it, where that is not the one of `model`; else left out",
     )
 
 

@@ -31,6 +31,11 @@ class Settings(BaseSettings):
     port: int = Field(default=8080, ge=0, le=65535, description="TCP port to listen on")
     model_repository: Path = Field(default=Path("model_repository"), description="directory that holds the bundles")
     model: str = Field(default="vmoe-fashion-mnist", description="name of the bundle to serve")
+    also: str = Field(
+        default="",
+        description="further bundles of that model, separated by commas, such as its int8 one: their operating points "
+        "join the ladder; embedded backend only",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least severity logged")
 
     backend: Literal["embedded", "triton"] = Field(
@@ -103,6 +108,16 @@ class Settings(BaseSettings):
     @property
     def triton_endpoints(self) -> tuple[str, ...]:
         return tuple(url.strip() for url in self.triton_urls.split(","))
+
+    @property
+    def also_models(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.also.split(",") if name.strip())
+
+    @model_validator(mode="after")
+    def _several_bundles_are_embedded(self) -> Settings:
+        if self.also_models and self.backend != "embedded":
+            raise ValueError(f"also ({self.also}) needs backend embedded, got {self.backend}")
+        return self
 
     @model_validator(mode="after")
     def _endpoints_are_addresses(self) -> Settings:

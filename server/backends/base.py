@@ -33,6 +33,7 @@ class Batch:
         explain: whether anyone needs `token_experts`.
         profiled_s: what it takes by the manifest's profile; only ratios to it matter.
         deadline_s: on the event loop's clock, after which nobody wants the answer.
+        models: (B,) names as in `server.ladder`, of the bundle that runs each image; read where there are several.
     """
 
     images: npt.NDArray[np.uint8]
@@ -41,6 +42,7 @@ class Batch:
     explain: bool
     profiled_s: float = 1.0
     deadline_s: float = math.inf
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

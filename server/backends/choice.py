@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from prometheus_client import CollectorRegistry
@@ -10,18 +11,26 @@ from exporter.bundle import Bundle
 from server.backends.base import Backend, BackendError
 from server.backends.fallback import FallbackBackend
 from server.backends.ort import OrtBackend
+from server.backends.several import SeveralBackends
 from server.backends.triton.address import Address
 from server.metrics import BackendMetrics
 from server.settings import Settings
 
 
-def create_backend(settings: Settings, bundle: Bundle, registry: CollectorRegistry) -> Backend:
-    """Raises:
+def create_backend(
+    settings: Settings, bundle: Bundle, registry: CollectorRegistry, others: Sequence[Bundle] = ()
+) -> Backend:
+    """Arguments:
+        others: further bundles of the model, for the embedded engine.
+
+    Raises:
     BundleError: the embedded engine cannot run the bundle.
     BackendError: a library is missing, or `packed_weights` cannot be written.
     """
     if settings.backend == "embedded":
-        return OrtBackend(bundle, settings.threads, settings.packed_weights)
+        named = {"": bundle} | {other.manifest.name: other for other in others}
+        embedded = {name: OrtBackend(each, settings.threads, settings.packed_weights) for name, each in named.items()}
+        return SeveralBackends(embedded) if others else embedded[""]
     try:
         from server.backends.triton.backend import TritonBackend  # an optional dependency
         from server.backends.triton.connect import connect

@@ -276,6 +276,39 @@ def test_profile_only_measures_latency_again_and_keeps_what_does_not_depend_on_t
     assert after["files"] == before["files"]
 
 
+def test_bundles_timed_in_one_run_get_times_of_the_same_machine_and_keep_their_accuracies(
+    tmp_path: Path, folder: Path
+) -> None:
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
+    common = ("--images", str(folder), "--point", "0.3,1", "--point", "1,2", "--rounds", "0")
+    assert export(tmp_path, *common).exit_code == 0
+    assert export(tmp_path, *common, "--name", "half", "--dtype", "float16").exit_code == 0
+    paths = [tmp_path / "repository" / name for name in ("tiny", "half")]
+    before = [Bundle.load(path).manifest for path in paths]
+    result = export(tmp_path, "--profile-only", "--profile-with", "half", "--rounds", "2", checkpoint=None)
+    assert result.exit_code == 0, result.output
+    after = [Bundle.load(path).manifest for path in paths]
+    for old, new in zip(before, after, strict=True):
+        assert [[entry.batch_size for entry in point.latency] for point in new.points] == [[1, 2, 4, 8, 16, 32]] * 2
+        assert [point.model_copy(update={"latency": ()}) for point in new.points] == list(old.points)
+    assert after[0].profile == after[1].profile
+    assert after[0].profile is not None
+    assert (after[0].profile.rounds, after[0].profile.threads, after[0].profile.num_images) == (2, 1, 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--profile-with", "b"), "--profile-with goes with --profile-only"),
+        (("--profile-only", "--profile-with", "b", "--rounds", "0"), "it takes no --images and no --rounds 0"),
+    ],
+)
+def test_profile_with_what_it_cannot_do_says_so(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = export(tmp_path, *arguments, checkpoint=None)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
 def test_profile_only_without_latency_keeps_the_record_of_where_it_was_measured(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
     assert export(tmp_path, "--point", "1,2").exit_code == 0

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -114,16 +114,23 @@ def small_manifest(*, dense: bool = False) -> Manifest:
 
 @contextmanager
 def serving(
-    bundle: Bundle, backend: Backend | None = None, /, *, wait: bool = True, **values: object
+    bundle: Bundle,
+    backend: Backend | None = None,
+    /,
+    *,
+    wait: bool = True,
+    models: Sequence[str] = (),
+    **values: object,
 ) -> Iterator[httpx.Client]:
     """A real server on a free port, warm unless told not to wait; stopped, with nothing left in flight, at the end.
 
     Arguments:
         backend: default: that of the settings.
+        models: see `server.combine`.
         values: of settings.
     """
     registry, settings = CollectorRegistry(), Settings(**values)  # type: ignore[arg-type]
-    server = create_server(settings, bundle, backend or create_backend(settings, bundle, registry), registry)
+    server = create_server(settings, bundle, backend or create_backend(settings, bundle, registry), registry, models)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
