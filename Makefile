@@ -42,10 +42,12 @@ export: $(VENV)/.full $(FASHION_MNIST)
 		--images $(FASHION_MNIST)
 	$(BIN)/python -m exporter plot model_repository/vmoe-fashion-mnist --output docs/operating-points.png
 
-# The same model in 8 bits: docs/quantisation.md.
+# The same model in 8 bits: docs/quantisation.md. Times both in one run and so writes the manifest of `make export` again.
 export-int8: $(VENV)/.full $(FASHION_MNIST)
 	$(BIN)/python -m exporter runs/vmoe-fashion-mnist/checkpoint --name vmoe-fashion-mnist-int8 --out model_repository \
-		--dtype int8 --calibration-images $(FASHION_MNIST) --images $(FASHION_MNIST)
+		--dtype int8 --calibration-images $(FASHION_MNIST) --images $(FASHION_MNIST) --rounds 0
+	$(BIN)/python -m exporter --profile-only --name vmoe-fashion-mnist --profile-with vmoe-fashion-mnist-int8 \
+		--out model_repository
 
 # The same bursts against the default policy and two fixed ones; leaves runs/loadtest-demo/index.html. Two minutes.
 loadtest-demo: $(VENV)/.full $(FASHION_MNIST)
@@ -77,17 +79,18 @@ bench-gateway: $(VENV)/.full $(FASHION_MNIST)
 bench-fleet: $(VENV)/.full
 	$(BIN)/python -m tests.benchmarks.fleet
 
-# Four small models (BPR, BPR at random points, vanilla, dense) and what docs/experiments says about their routing. Goes on
-# where it was stopped. One training is about 5 minutes of one undisturbed core, the first sweep 3 per sparse model, the second
-# (fewer points, all test images) 1.
+# Five small models (BPR, BPR at random points without and with distillation, vanilla, dense) and what docs/experiments says about
+# their routing. Goes on where it was stopped. One training is about 5 minutes of one undisturbed core, the first sweep 2 per
+# sparse model, the second (fewer points, all test images) 1.
 ROUTING_RUNS := plain adaptive vanilla dense
-ADAPTIVE_RUNS := plain adaptive vanilla
+ADAPTIVE_RUNS := plain adaptive distilled vanilla
 ROUTING_TRAIN := $(BIN)/python -m vmoe train --epochs 2 --warmup-steps 200 --average-decay 0.995 --flip 0 --shift 0.02 \
 	--scale 0.02 --erase 0 --autocast none --resume
 .PHONY: experiments-routing
 experiments-routing: $(VENV)/.full $(FASHION_MNIST)
 	$(ROUTING_TRAIN) --config docs/experiments/configs/small_bpr.json --output runs/routing/plain
 	$(ROUTING_TRAIN) --config docs/experiments/configs/small_bpr.json --output runs/routing/adaptive --adaptive 0.5
+	$(ROUTING_TRAIN) --config docs/experiments/configs/small_bpr.json --output runs/routing/distilled --adaptive 0.5 --distill 0.5
 	$(ROUTING_TRAIN) --config docs/experiments/configs/small_vanilla.json --output runs/routing/vanilla
 	$(ROUTING_TRAIN) --config docs/experiments/configs/small_dense.json --output runs/routing/dense
 	$(BIN)/python -m vmoe sweep $(ROUTING_RUNS:%=runs/routing/%/checkpoint) --limit 1000 --seeds 1 \

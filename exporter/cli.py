@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from exporter.bundle import Bundle, Manifest
 from exporter.figure import draw_points
-from exporter.measure import measure_bundle
+from exporter.measure import measure_bundle, time_together
 from exporter.triton_config import TritonOptions
 from exporter.triton_directory import write_model_directory, write_triton_files
 from vmoe.architecture import Hints, parse_image_size
@@ -70,6 +70,13 @@ class Positions(StrEnum):
     none = "none"
 
 
+class TargetName(StrEnum):
+    """What runs the graph."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class TritonBackendName(StrEnum):
     """What runs the graph in Triton."""
 
@@ -119,6 +126,10 @@ def export(
         Path | None,
         typer.Option(help="With --dtype int8: images (as --images, but the training split) that give the scales."),
     ] = None,
+    target: Annotated[
+        TargetName,
+        typer.Option(help="What runs the graph; cuda pads slots and needs --dtype float16, in which it computes."),
+    ] = TargetName.cpu,
     input_type: Annotated[Input, typer.Option("--input", help="Pixels, or normalised floats.")] = Input.uint8,
     config: Annotated[
         Path | None,
@@ -153,10 +164,13 @@ def export(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Largest difference of logits from PyTorch's. Default: 1e-4; int8: 0.1 of their spread."),
+        typer.Option(
+            help="Largest difference of logits from PyTorch's. Default: 1e-4; of their spread: int8 0.1, cuda 0.02."
+        ),
     ] = None,
     min_agreement: Annotated[
-        float, typer.Option(min=0, max=1, help="With int8: share of images that must keep PyTorch's best class.")
+        float,
+        typer.Option(min=0, max=1, help="With int8 or cuda: share of images that must keep PyTorch's best class."),
     ] = 0.95,
     threads: Annotated[int, typer.Option(help="Threads of the runtime; 0 is all cores.")] = 0,
     rounds: Annotated[
@@ -179,6 +193,10 @@ def export(
     profile_only: Annotated[
         bool, typer.Option("--profile-only", help="Measure OUT/NAME again on this machine; export nothing.")
     ] = False,
+    profile_with: Annotated[
+        list[str] | None,
+        typer.Option(help="With --profile-only: another bundle of the model, timed in the same run; may be repeated."),
+    ] = None,
     triton_backend: Annotated[
         TritonBackendName, typer.Option(help="Triton's backend; python is for servers without ONNX Runtime's.")
     ] = TritonBackendName.onnxruntime,
@@ -206,6 +224,8 @@ def export(
     with _clear_errors():
         if triton_repository is not None and not triton_only:
             raise typer.BadParameter("--triton-repository goes with --triton-only")
+        if profile_with and not profile_only:
+            raise typer.BadParameter("--profile-with goes with --profile-only")
         if triton_only:
             if checkpoint is not None or profile_only:
                 raise typer.BadParameter("--triton-only takes neither CHECKPOINT nor --profile-only")
@@ -219,6 +239,14 @@ def export(
         if profile_only:
             if checkpoint is not None:
                 raise typer.BadParameter("--profile-only measures OUT/NAME and takes no CHECKPOINT")
+            if profile_with:
+                if images is not None or rounds == 0:
+                    raise typer.BadParameter("--profile-with times bundles: it takes no --images and no --rounds 0")
+                together = [name, *profile_with]
+                time_together([out / each for each in together], threads, rounds, console)
+                for each in together:
+                    _print_points(Bundle.load(out / each, verify=False).manifest)
+                return
             manifest = measure_bundle(out / name, images, threads, rounds, console)
         else:
             # Imports torch. Measuring a bundle must work where it is served, and there is no torch there.
@@ -241,11 +269,14 @@ def export(
                 )
             if (dtype is DataType.int8) != (calibration_images is not None):
                 raise typer.BadParameter("--dtype int8 and --calibration-images go together: scales come from images")
+            if target is TargetName.cuda and dtype is not DataType.float16:
+                raise typer.BadParameter(f"--target cuda computes in float16, got --dtype {dtype.value}: give float16")
             options = ExportOptions(
                 checkpoint=checkpoint,
                 config=config,
                 hints=hints,
                 dtype=dtype.value,
+                target=target.value,
                 input_type=input_type.value,
                 group_images=group_images,
                 points=tuple(parse_point(text) for text in point or ()),

@@ -5,6 +5,7 @@ The exporter measures what it has just written; `--profile-only` measures a bund
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from exporter.bundle import Bundle, Manifest, write_manifest
 from exporter.profiling import (
     BATCH_SIZES,
+    Timed,
     default_effort,
     describe_machine,
     images_per_batch,
@@ -35,10 +37,44 @@ def measure_bundle(
     """Measures a bundle again and replaces its manifest; accuracies stay where no images are given."""
     bundle = Bundle.load(directory)
     data = None if images is None else labelled_images(images, bundle.manifest.preprocessing, bundle.manifest.labels)
-    session = open_session(bundle.model_path, threads)
+    session = open_session(bundle.model_path, threads, bundle.manifest.target)
     manifest = measure(bundle.manifest, session, images, data, threads, rounds, console)
     write_manifest(directory, manifest)
     return manifest
+
+
+def time_together(directories: Sequence[Path], threads: int, rounds: int | None, console: Console) -> None:
+    """Times several bundles of one model in one interleaved run, so that their points can be compared, and replaces
+    their manifests; accuracies stay.
+
+    Arguments:
+        rounds: see `measure`; above 0.
+    """
+    bundles = [Bundle.load(directory) for directory in directories]
+    first = bundles[0].manifest
+    effort = default_effort(first.architecture, first.points)
+    moe = first.architecture.moe
+    group = 1 if moe is None else moe.group_images
+    batch_sizes = [size * group for size in (effort.batch_sizes if rounds is None else BATCH_SIZES)]
+    rounds = rounds or effort.rounds
+    graphs = []
+    for bundle in bundles:
+        manifest = bundle.manifest
+        images = sample_images(manifest.preprocessing, None, max(batch_sizes))
+        inputs = normalize(images, manifest.preprocessing) if manifest.input == "float32" else images
+        graphs.append(Timed(open_session(bundle.model_path, threads), inputs, manifest.points))
+    with count_progress(console) as bar:
+        num_points = sum(len(graph.points) for graph in graphs)
+        task = bar.add_task("latency", total=rounds * num_points * len(batch_sizes))
+        timed = measure_latency(
+            graphs, batch_sizes=batch_sizes, rounds=rounds, advance=lambda count: bar.advance(task, count)
+        )
+    for bundle, points in zip(bundles, timed, strict=True):
+        before = bundle.manifest.profile
+        profile = describe_machine(threads, rounds=rounds)
+        if before is not None:
+            profile = profile.model_copy(update={"images": before.images, "num_images": before.num_images})
+        write_manifest(bundle.directory, bundle.manifest.model_copy(update={"points": points, "profile": profile}))
 
 
 def measure(
@@ -88,8 +124,11 @@ def measure(
         if rounds:
             task = bar.add_task("latency", total=rounds * len(points) * len(batch_sizes))
             samples = prepare(sample_images(manifest.preprocessing, data, max(batch_sizes)))
-            points = measure_latency(
-                session, samples, points, batch_sizes=batch_sizes, rounds=rounds, advance=lambda n: bar.advance(task, n)
+            (points,) = measure_latency(
+                [Timed(session, samples, points)],
+                batch_sizes=batch_sizes,
+                rounds=rounds,
+                advance=lambda n: bar.advance(task, n),
             )
     return manifest.model_copy(update={"points": points, "profile": profile})
 

@@ -209,49 +209,59 @@ def with_accuracy(config: ModelConfig, points: Sequence[Point], measured: Sequen
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Timed:
+    """A graph to be timed.
+
+    Attributes:
+        images: at least as many as the largest batch, in the graph's input type.
+        points: operating points to time it at.
+    """
+
+    session: ort.InferenceSession
+    images: npt.NDArray[np.generic]
+    points: Sequence[Point]
+
+
 def measure_latency(
-    session: ort.InferenceSession,
-    images: npt.NDArray[np.generic],
-    points: Sequence[Point],
+    graphs: Sequence[Timed],
     *,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     rounds: int = ROUNDS,
     seed: int = 0,
     advance: Callable[[int], None] = lambda count: None,
-) -> tuple[Point, ...]:
-    """Fills in the median and the 99th percentile of the inference time per batch size.
+) -> list[tuple[Point, ...]]:
+    """The points of every graph with the median and the 99th percentile of the inference time per batch size.
 
     Arguments:
-        images: at least as many as the largest batch, in the graph's input type.
+        graphs: a round runs all of them, so that their times can be compared.
         advance: called with the number of runs done.
     """
-    cases = [(index, batch) for index in range(len(points)) for batch in batch_sizes]
-    times: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
+    cases = [(graph, index, batch) for graph in graphs for index in range(len(graph.points)) for batch in batch_sizes]
+    times: list[list[float]] = [[] for _ in cases]
     generator = np.random.default_rng(seed)
-    for case in cases:  # warm-up: memory arenas grow to their size
-        run(session, images[: case[1]], points[case[0]], ["logits"])
+    for graph, index, batch in cases:  # warm-up: memory arenas grow to their size
+        run(graph.session, graph.images[:batch], graph.points[index], ["logits"])
     for _ in range(rounds):
         for position in generator.permutation(len(cases)):
-            index, batch = cases[position]
+            graph, index, batch = cases[position]
             start = time.perf_counter()
-            run(session, images[:batch], points[index], ["logits"])
-            times[index, batch].append(time.perf_counter() - start)
+            run(graph.session, graph.images[:batch], graph.points[index], ["logits"])
+            times[position].append(time.perf_counter() - start)
             advance(1)
-    return tuple(
-        point.model_copy(
-            update={
-                "latency": tuple(
-                    Latency(
-                        batch_size=batch,
-                        median_s=float(np.median(times[index, batch])),
-                        p99_s=float(np.quantile(times[index, batch], 0.99)),
-                    )
-                    for batch in batch_sizes
-                )
-            }
+    found = iter(zip(cases, times, strict=True))
+    return [
+        tuple(
+            point.model_copy(update={"latency": tuple(_latency(*next(found)) for _ in batch_sizes)})
+            for point in graph.points
         )
-        for index, point in enumerate(points)
-    )
+        for graph in graphs
+    ]
+
+
+def _latency(case: tuple[Timed, int, int], seconds: Sequence[float]) -> Latency:
+    median_s, p99_s = float(np.median(seconds)), float(np.quantile(seconds, 0.99))
+    return Latency(batch_size=case[2], median_s=median_s, p99_s=p99_s)
 
 
 def describe_machine(threads: int, *, images: str | None = None, num_images: int = 0, rounds: int = 0) -> Profile:

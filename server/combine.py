@@ -72,7 +72,7 @@ def _check(served: Bundle, other: Bundle) -> None:
     if _measured_on(ours) != _measured_on(theirs):
         raise BundleError(
             f"{other.directory} was profiled on {_measured_on(theirs)}, {served.directory} on {_measured_on(ours)}: "
-            "their times cannot be compared; run python -m exporter --profile-only for both on this machine"
+            "their times cannot be compared; run python -m exporter --profile-only --profile-with on this machine"
         )
     sizes = [[entry.batch_size for entry in point.latency] for point in (*ours.points, *theirs.points)]
     if not sizes or not sizes[0] or any(each != sizes[0] for each in sizes):

@@ -192,8 +192,8 @@ def main(
     packages = ("onnxruntime", "uvicorn", "fastapi") + (("litserve",) if against is None else ())
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     conditions = (
-        f"{date.today().isoformat()}, `python -m tests.benchmarks.gateway_peers --rounds {rounds} --threads {threads}` on {machine()} "
-        f"(load average at the end {os.getloadavg()[0]:.1f}); {versions}, `{BUNDLE.name}`, float32."
+        f"{date.today().isoformat()}, `python -m tests.benchmarks.gateway_peers --rounds {rounds} --threads {threads}` "
+        f"on {machine()} (load average at the end {os.getloadavg()[0]:.1f}); {versions}, `{BUNDLE.name}`, float32."
     )
     text = figures.markdown(turns, inference_s, tried, conditions)
     Console().print(text, markup=False, highlight=False)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 import exporter.export
 import exporter.profiling
-from exporter.bundle import Bundle, BundleError
+from exporter.bundle import Bundle, BundleError, Target
 from exporter.cli import app
 from exporter.parity import ParityError, check_parity, model_answers
 from exporter.profiling import Effort, default_effort, make_points
@@ -102,7 +102,7 @@ def test_export_in_int8_records_scales_agreement_and_accuracy(
 @pytest.mark.parametrize(
     ("option", "limit", "message"),
     [
-        ("--tolerance", "0.0001", r"in 8 bits are off by \d\S+ of their spread, allowed is 0\.0001"),
+        ("--tolerance", "0.0001", r"of the rounded graph are off by \d\S+ of their spread, allowed is 0\.0001"),
         ("--min-agreement", "1", r"agree on the best class of \d\S+% of the images, at least 100\.00%"),
     ],
 )
@@ -215,9 +215,9 @@ def test_weights_of_the_model_are_gone_when_the_graph_is_opened(
         references.extend(map(weakref.ref, arrays.values()))
         return replace(loaded, state={name: torch.from_numpy(array) for name, array in arrays.items()})
 
-    def open_counting(model: Path, threads: int) -> ort.InferenceSession:
+    def open_counting(model: Path, threads: int, target: Target) -> ort.InferenceSession:
         alive.append(sum(reference() is not None for reference in references))
-        return open_session(model, threads)
+        return open_session(model, threads, target)
 
     monkeypatch.setattr(exporter.export, "load_source", load)
     monkeypatch.setattr(exporter.export, "open_session", open_counting)
@@ -225,6 +225,30 @@ def test_weights_of_the_model_are_gone_when_the_graph_is_opened(
     assert result.exit_code == 0, result.output
     assert len(references) > 40
     assert alive == [0]
+
+
+def test_export_for_cuda_computes_in_float16_and_measures_no_latency_without_a_device(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(SMALL)
+    save_checkpoint(tmp_path / "checkpoint", checkpoint)
+    result = export(tmp_path, "--target", "cuda", "--dtype", "float16", "--point", "1,2")
+    assert result.exit_code == 0, result.output
+    bundle = Bundle.load(tmp_path / "repository" / "tiny")
+    manifest = bundle.manifest
+    assert (manifest.target, manifest.weights) == ("cuda", "float16")
+    assert manifest.parity is not None
+    assert manifest.parity.relative_error is not None
+    assert 0 < manifest.parity.relative_error <= manifest.parity.tolerance == 0.02
+    assert [point.latency for point in manifest.points] == [()]
+    assert "latency is not measured" in " ".join(result.output.split())
+    with pytest.raises(BundleError, match="was written for cuda; recover the bundle for CPUs"):
+        recover(bundle)
+
+
+def test_export_for_cuda_in_another_type_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
+    result = export(tmp_path, "--target", "cuda")
+    assert result.exit_code == 2
+    assert "got --dtype float32: give float16" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_first_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -250,6 +274,39 @@ def test_profile_only_measures_latency_again_and_keeps_what_does_not_depend_on_t
     assert after["points"] == before["points"]
     assert after["profile"]["num_images"] == 20
     assert after["files"] == before["files"]
+
+
+def test_bundles_timed_in_one_run_get_times_of_the_same_machine_and_keep_their_accuracies(
+    tmp_path: Path, folder: Path
+) -> None:
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
+    common = ("--images", str(folder), "--point", "0.3,1", "--point", "1,2", "--rounds", "0")
+    assert export(tmp_path, *common).exit_code == 0
+    assert export(tmp_path, *common, "--name", "half", "--dtype", "float16").exit_code == 0
+    paths = [tmp_path / "repository" / name for name in ("tiny", "half")]
+    before = [Bundle.load(path).manifest for path in paths]
+    result = export(tmp_path, "--profile-only", "--profile-with", "half", "--rounds", "2", checkpoint=None)
+    assert result.exit_code == 0, result.output
+    after = [Bundle.load(path).manifest for path in paths]
+    for old, new in zip(before, after, strict=True):
+        assert [[entry.batch_size for entry in point.latency] for point in new.points] == [[1, 2, 4, 8, 16, 32]] * 2
+        assert [point.model_copy(update={"latency": ()}) for point in new.points] == list(old.points)
+    assert after[0].profile == after[1].profile
+    assert after[0].profile is not None
+    assert (after[0].profile.rounds, after[0].profile.threads, after[0].profile.num_images) == (2, 1, 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--profile-with", "b"), "--profile-with goes with --profile-only"),
+        (("--profile-only", "--profile-with", "b", "--rounds", "0"), "it takes no --images and no --rounds 0"),
+    ],
+)
+def test_profile_with_what_it_cannot_do_says_so(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = export(tmp_path, *arguments, checkpoint=None)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
 
 
 def test_profile_only_without_latency_keeps_the_record_of_where_it_was_measured(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from exporter.bundle import Point
 from exporter.profiling import (
     Effort,
     Measured,
+    Timed,
     default_effort,
     default_points,
     images_per_batch,
@@ -160,7 +161,8 @@ def test_latency_is_measured_for_every_point_and_batch_size(tmp_path: Path) -> N
         nonlocal runs
         runs += done
 
-    timed = measure_latency(session, pixels(SMALL, 4), points, batch_sizes=(1, 4), rounds=5, advance=count)
+    graph = Timed(session, pixels(SMALL, 4), points)
+    (timed,) = measure_latency([graph], batch_sizes=(1, 4), rounds=5, advance=count)
     assert runs == 5 * 2 * 2
     for point in timed:
         assert [entry.batch_size for entry in point.latency] == [1, 4]
