@@ -42,6 +42,7 @@ SCHEMA_VERSION: Final = 1
 InputType = Literal["uint8", "float32"]
 WeightType = Literal["float32", "float16", "bfloat16"]
 StorageType = WeightType | Literal["int8"]
+Target = Literal["cpu", "cuda"]
 MANIFEST_FILE = "manifest.json"
 LABELS_FILE = "labels.txt"
 MODEL_FILE = "1/model.onnx"
@@ -102,7 +103,7 @@ class Parity(_Model):
         tolerance: largest `max_abs_error` allowed, in 8 bits largest `relative_error`.
         num_comparisons: images times operating points.
         relative_error: root mean square of the logits' error over their standard deviation, of all comparisons.
-        min_agreement: smallest `top1_agreement` allowed, in 8 bits.
+        min_agreement: smallest `top1_agreement` allowed, where products are computed in fewer than 32 bits.
     """
 
     max_abs_error: float
@@ -165,6 +166,7 @@ class Manifest(_Model):
         input: dtype of `images`.
         weights: dtype in which the weights are stored. They are widened to float32 at load; with int8 the large
             products are computed in 8 bits, see `exporter.int8`.
+        target: for which the graph was written. Both forms run anywhere, see `exporter.cuda`.
         max_selected_experts: largest K that the graph accepts.
         points: from the cheapest to the full one; empty for a dense model.
         files: SHA-256 of every file of the bundle that the graph needs.
@@ -178,6 +180,7 @@ class Manifest(_Model):
     labels: tuple[str, ...]
     input: InputType
     weights: StorageType
+    target: Target = "cpu"
     max_selected_experts: int = Field(ge=0)
     max_batch_size: int = Field(ge=1)
     points: tuple[Point, ...]

@@ -70,6 +70,13 @@ class Positions(StrEnum):
     none = "none"
 
 
+class TargetName(StrEnum):
+    """What runs the graph."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class TritonBackendName(StrEnum):
     """What runs the graph in Triton."""
 
@@ -119,6 +126,10 @@ def export(
         Path | None,
         typer.Option(help="With --dtype int8: images (as --images, but the training split) that give the scales."),
     ] = None,
+    target: Annotated[
+        TargetName,
+        typer.Option(help="What runs the graph; cuda pads slots and needs --dtype float16, in which it computes."),
+    ] = TargetName.cpu,
     input_type: Annotated[Input, typer.Option("--input", help="Pixels, or normalised floats.")] = Input.uint8,
     config: Annotated[
         Path | None,
@@ -153,10 +164,13 @@ def export(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Largest difference of logits from PyTorch's. Default: 1e-4; int8: 0.1 of their spread."),
+        typer.Option(
+            help="Largest difference of logits from PyTorch's. Default: 1e-4; of their spread: int8 0.1, cuda 0.02."
+        ),
     ] = None,
     min_agreement: Annotated[
-        float, typer.Option(min=0, max=1, help="With int8: share of images that must keep PyTorch's best class.")
+        float,
+        typer.Option(min=0, max=1, help="With int8 or cuda: share of images that must keep PyTorch's best class."),
     ] = 0.95,
     threads: Annotated[int, typer.Option(help="Threads of the runtime; 0 is all cores.")] = 0,
     rounds: Annotated[
@@ -255,11 +269,14 @@ def export(
                 )
             if (dtype is DataType.int8) != (calibration_images is not None):
                 raise typer.BadParameter("--dtype int8 and --calibration-images go together: scales come from images")
+            if target is TargetName.cuda and dtype is not DataType.float16:
+                raise typer.BadParameter(f"--target cuda computes in float16, got --dtype {dtype.value}: give float16")
             options = ExportOptions(
                 checkpoint=checkpoint,
                 config=config,
                 hints=hints,
                 dtype=dtype.value,
+                target=target.value,
                 input_type=input_type.value,
                 group_images=group_images,
                 points=tuple(parse_point(text) for text in point or ()),

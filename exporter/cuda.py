@@ -5,7 +5,7 @@ Axes: G routing groups, N tokens of a batch, D hidden, E experts, K choices per 
 On a CPU the ragged form of `exporter.moe_graph` is never slower. On a GPU every shape that depends on the routing costs
 a wait for the device, E small products leave most of it idle, and float16 is what its matrix units are for. Here no
 shape depends on the routing: the experts compute all slots of all groups, F per group, in one batched product, filled
-or not, so that a batch of mixed points costs what its largest point does. F is read from the input, once per run.
+or not, so that a batch of mixed points costs what its largest point does. F follows from the input alone.
 
 Products read and write float16; the router, norms, softmax and the residual stay float32. Never measured on a GPU: see
 docs/cuda.md.
@@ -78,8 +78,7 @@ class HalfProducts(Products):
         bias: Parameter,
         factor: npt.NDArray[np.float32] | None,
     ) -> ir.Value:
-        scale = np.float32(1) if factor is None else factor
-        parts = (_half(tape, name, values * scale) for name, values in (weight, bias))
+        parts = (_half(tape, name, values, factor) for name, values in (weight, bias))
         return tape.op("Cast", tape.op("Gemm", operand, *parts), to=_FULL)
 
     def batched(self, tape: Tape, operand: ir.Value, weight: Parameter, bias: Parameter) -> ir.Value:
@@ -87,5 +86,10 @@ class HalfProducts(Products):
         return tape.op("Cast", tape.op("Add", product, _half(tape, bias[0], bias[1][:, None])), to=_FULL)
 
 
-def _half(tape: Tape, name: str, values: npt.NDArray[np.float32]) -> ir.Value:
-    return tape.stored(name, lambda: values.astype(np.float16), ir.DataType.FLOAT16, values.shape)
+def _half(
+    tape: Tape, name: str, values: npt.NDArray[np.float32], factor: npt.NDArray[np.float32] | None = None
+) -> ir.Value:
+    def rounded() -> npt.NDArray[np.float16]:
+        return (values if factor is None else values * factor).astype(np.float16)
+
+    return tape.stored(name, rounded, ir.DataType.FLOAT16, values.shape)

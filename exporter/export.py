@@ -18,16 +18,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from exporter.bundle import InputType, Manifest, Provenance, StorageType, sha256
+from exporter.bundle import InputType, Manifest, Provenance, StorageType, Target, sha256
+from exporter.cuda import HalfProducts, PaddedLayers
 from exporter.graph import build_graph
 from exporter.measure import count_progress, labelled_images, measure, sample_images
+from exporter.moe_graph import MoeLayers
 from exporter.parity import Answers, check_parity, model_answers
 from exporter.plan import Plan, plan
 from exporter.products import Products
 from exporter.profiling import default_effort, default_points, make_points
 from exporter.quantise import pick_images, quantised_products
 from exporter.repository import write_bundle
-from exporter.session import open_session
+from exporter.session import has_cuda, open_session
 from exporter.triton_config import TritonOptions
 from vmoe.architecture import Hints
 from vmoe.checkpoint import Checkpoint
@@ -42,6 +44,8 @@ MAX_BATCH_SIZE = 32
 TOLERANCE = 1e-4
 # Of `Parity.relative_error`, chosen: five times what the shipped model shows (docs/quantisation.md).
 INT8_TOLERANCE = 0.1
+# Of the same, chosen: 20 times what float16 products show on a small random model (tests/exporter/test_cuda.py).
+CUDA_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,9 @@ class ExportOptions:
         max_selected_experts: largest K of the graph, None for the ladder's.
         mean, std, fit, crop_fraction: None keeps the checkpoint's preprocessing.
         calibration_images: with int8 alone, which needs them: a data set, or its training split where it has one.
-        tolerance: None is the dtype's, see TOLERANCE and INT8_TOLERANCE.
-        min_agreement: with int8, the smallest share of images with the model's best class.
+        target: what runs the graph; with cuda the dtype is float16.
+        tolerance: None is that of dtype and target, see TOLERANCE, INT8_TOLERANCE and CUDA_TOLERANCE.
+        min_agreement: with int8 or cuda, the smallest share of images with the model's best class.
         labels: a file with a name per line, or `imagenet-1k`; None keeps the checkpoint's.
         parity_images, rounds: None chooses them by the model's size, see `exporter.profiling.default_effort`.
         triton: how Triton shall run the model.
@@ -67,6 +72,7 @@ class ExportOptions:
     config: Path | None
     hints: Hints
     dtype: StorageType
+    target: Target
     input_type: InputType
     group_images: int
     points: tuple[OperatingPoint, ...]
@@ -122,14 +128,19 @@ def export_checkpoint(directory: Path, options: ExportOptions, console: Console)
     data = prepared.data
 
     tolerance = options.tolerance
+    rounded = options.dtype == "int8" or options.target == "cuda"
     if tolerance is None:
-        tolerance = INT8_TOLERANCE if options.dtype == "int8" else TOLERANCE
+        tolerance = CUDA_TOLERANCE if options.target == "cuda" else INT8_TOLERANCE if rounded else TOLERANCE
+    rounds = options.rounds
+    if options.target == "cuda" and not has_cuda():
+        rounds = 0
+        console.print("No CUDA device: latency is not measured. --profile-only does it where there is one.")
 
     def finish(model: Path) -> Manifest:
         manifest = prepared.manifest
         # One session for both: what a closed one gave back is in pieces, and a second raised the peak of B/16 with
         # float16 weights by 0.15 and 0.46 GB in two comparisons.
-        session = open_session(model, options.threads)
+        session = open_session(model, options.threads, options.target)
         with count_progress(console) as bar:
             task = bar.add_task("parity, graph", total=len(prepared.samples) * len(prepared.answers))
             parity = check_parity(
@@ -140,11 +151,11 @@ def export_checkpoint(directory: Path, options: ExportOptions, console: Console)
                 prepared.answers,
                 normalized_input=manifest.input == "float32",
                 tolerance=tolerance,
-                min_agreement=options.min_agreement if options.dtype == "int8" else None,
+                min_agreement=options.min_agreement if rounded else None,
                 advance=lambda count: bar.advance(task, count),
             )
         manifest = manifest.model_copy(update={"parity": parity})
-        return measure(manifest, session, options.images, data, options.threads, options.rounds, console)
+        return measure(manifest, session, options.images, data, options.threads, rounds, console)
 
     return write_bundle(directory, prepared.graph, finish, options.triton)
 
@@ -171,12 +182,14 @@ def _prepare(name: str, options: ExportOptions, console: Console) -> _Prepared:
             input_type=options.input_type,
             weight_type="float32" if options.dtype == "int8" else options.dtype,
             max_selected_experts=most or None,
+            moe_layers=PaddedLayers if options.target == "cuda" else MoeLayers,
             products=products,
         )
 
     parity_images = options.parity_images or default_effort(config, ladder).parity_images
     parity_images = -(-parity_images // options.group_images) * options.group_images
-    products, quantisation = None, None
+    products: Products | None = HalfProducts() if options.target == "cuda" else None
+    quantisation = None
     if options.calibration_images is None:
         samples = sample_images(preprocessing, data, parity_images)
     else:
@@ -192,6 +205,7 @@ def _prepare(name: str, options: ExportOptions, console: Console) -> _Prepared:
         labels=loaded.labels,
         input=options.input_type,
         weights=options.dtype,
+        target=options.target,
         max_selected_experts=most,
         max_batch_size=MAX_BATCH_SIZE * options.group_images,
         points=ladder,

@@ -37,7 +37,7 @@ def measure_bundle(
     """Measures a bundle again and replaces its manifest; accuracies stay where no images are given."""
     bundle = Bundle.load(directory)
     data = None if images is None else labelled_images(images, bundle.manifest.preprocessing, bundle.manifest.labels)
-    session = open_session(bundle.model_path, threads)
+    session = open_session(bundle.model_path, threads, bundle.manifest.target)
     manifest = measure(bundle.manifest, session, images, data, threads, rounds, console)
     write_manifest(directory, manifest)
     return manifest

@@ -107,8 +107,8 @@ def check_parity(
         images: those that the model answered: (B, H, W, channels).
         normalized_input: the graph takes float32 images that are normalised already.
         tolerance: see `exporter.bundle.Parity`.
-        min_agreement: given for a graph in 8 bits. Its errors are judged on average, for they turn single decisions of
-            a router, and whatever follows from these.
+        min_agreement: given for products in fewer than 32 bits. Their errors are judged on average, for they turn
+            single decisions of a router, and whatever follows from these.
         advance: called with the number of comparisons done.
 
     Raises:
@@ -146,7 +146,7 @@ def check_parity(
         min_agreement=min_agreement,
     )
     if min_agreement is not None:
-        _check_8_bits(parity, min_agreement)
+        _check_rounded(parity, min_agreement)
         return parity
     if worst > tolerance:
         where = "" if worst_point is None else f" at operating point {worst_point.operating_point}"
@@ -161,15 +161,15 @@ def check_parity(
     return parity
 
 
-def _check_8_bits(parity: Parity, min_agreement: float) -> None:
+def _check_rounded(parity: Parity, min_agreement: float) -> None:
     error = parity.relative_error
     if error is None or not error <= parity.tolerance:  # also not a number
         raise ParityError(
-            f"logits of the graph in 8 bits are off by {error:.3g} of their spread, allowed is {parity.tolerance:g}"
+            f"logits of the rounded graph are off by {error:.3g} of their spread, allowed is {parity.tolerance:g}"
         )
     if parity.top1_agreement < min_agreement:
         raise ParityError(
-            f"graph in 8 bits and model agree on the best class of {parity.top1_agreement:.2%} of the images, "
+            f"rounded graph and model agree on the best class of {parity.top1_agreement:.2%} of the images, "
             f"at least {min_agreement:.2%} is asked for"
         )
 

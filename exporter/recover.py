@@ -36,13 +36,15 @@ def recover(bundle: Bundle) -> Checkpoint:
 
     Raises:
         BundleError: a parameter is missing from the graph, or has another shape or type than the manifest implies; the
-            weights are in 8 bits.
+            weights are in 8 bits, or arranged for a GPU.
     """
     manifest = bundle.manifest
     if MODEL_FILE not in manifest.files:
         raise BundleError(f"the manifest of {bundle.directory} has no hash of {MODEL_FILE}, so it cannot be trusted")
     if manifest.weights == "int8":
         raise BundleError(f"{bundle.directory} holds weights rounded to 8 bits; recover the float32 bundle")
+    if manifest.target != "cpu":
+        raise BundleError(f"{bundle.directory} was written for {manifest.target}; recover the bundle for CPUs")
     weights = _Weights(bundle, manifest.weights)
     config, state = manifest.architecture, {}
     with torch.device("meta"):

@@ -11,14 +11,24 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from exporter.bundle import Point
+from exporter.bundle import Point, Target
 
 
-def open_session(model: Path, threads: int = 0) -> ort.InferenceSession:
-    """Loads a graph on the CPU; `threads` 0 lets ONNX Runtime take every core."""
+def has_cuda() -> bool:
+    """Whether this ONNX Runtime has a provider for CUDA devices."""
+    return "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+def open_session(model: Path, threads: int = 0, target: Target = "cpu") -> ort.InferenceSession:
+    """Loads a graph, on the CPU unless it was written for a CUDA device and there is a provider for these.
+
+    Arguments:
+        threads: of the CPU; 0 lets ONNX Runtime take every core.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    providers = ["CUDAExecutionProvider"] if target == "cuda" and has_cuda() else []
+    return ort.InferenceSession(str(model), options, providers=[*providers, "CPUExecutionProvider"])
 
 
 def run(

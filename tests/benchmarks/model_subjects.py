@@ -19,6 +19,7 @@ import torch
 from exporter.bundle import Bundle
 from exporter.graph import build_graph
 from exporter.moe_graph import MoeLayers
+from exporter.products import Products
 from exporter.recover import recover
 from vmoe.config import VARIANTS, ModelConfig
 from vmoe.model import VisionTransformer
@@ -136,13 +137,23 @@ class Subject:
         return model
 
     def session(
-        self, way: str, layers: type[MoeLayers], *, shortcut: bool, dense: bool = False, profile: Path | None = None
+        self,
+        way: str,
+        layers: type[MoeLayers],
+        *,
+        shortcut: bool = True,
+        dense: bool = False,
+        products: Products | None = None,
+        profile: Path | None = None,
+        device: str = "CPU",
     ) -> ort.InferenceSession:
         """Writes a graph, unless it is there already, and opens it.
 
         Arguments:
             way: names the graph.
+            products: None in float32.
             profile: prefix of the file into which the runtime writes what every operator took.
+            device: `CPU` or `CUDA`, which falls back to the CPU operator by operator.
         """
         path = self.folder / f"{way}.onnx"
         if not path.exists():
@@ -158,17 +169,21 @@ class Subject:
                 max_selected_experts=None if dense else FULL.num_selected_experts,
                 class_token_shortcut=shortcut,
                 moe_layers=layers,
+                products=products,
             )
             ir.save(graph, path, external_data=f"{way}.data")
-        return open_session(path, self.threads, profile)
+        return open_session(path, self.threads, profile, device)
 
 
-def open_session(model: Path | bytes, threads: int, profile: Path | None = None) -> ort.InferenceSession:
+def open_session(
+    model: Path | bytes, threads: int, profile: Path | None = None, device: str = "CPU"
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    providers = dict.fromkeys(f"{each}ExecutionProvider" for each in (device, "CPU"))
+    return ort.InferenceSession(model, options, providers=list(providers))
 
 
 def fetch(

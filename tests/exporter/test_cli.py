@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 import exporter.export
 import exporter.profiling
-from exporter.bundle import Bundle, BundleError
+from exporter.bundle import Bundle, BundleError, Target
 from exporter.cli import app
 from exporter.parity import ParityError, check_parity, model_answers
 from exporter.profiling import Effort, default_effort, make_points
@@ -102,7 +102,7 @@ def test_export_in_int8_records_scales_agreement_and_accuracy(
 @pytest.mark.parametrize(
     ("option", "limit", "message"),
     [
-        ("--tolerance", "0.0001", r"in 8 bits are off by \d\S+ of their spread, allowed is 0\.0001"),
+        ("--tolerance", "0.0001", r"of the rounded graph are off by \d\S+ of their spread, allowed is 0\.0001"),
         ("--min-agreement", "1", r"agree on the best class of \d\S+% of the images, at least 100\.00%"),
     ],
 )
@@ -215,9 +215,9 @@ def test_weights_of_the_model_are_gone_when_the_graph_is_opened(
         references.extend(map(weakref.ref, arrays.values()))
         return replace(loaded, state={name: torch.from_numpy(array) for name, array in arrays.items()})
 
-    def open_counting(model: Path, threads: int) -> ort.InferenceSession:
+    def open_counting(model: Path, threads: int, target: Target) -> ort.InferenceSession:
         alive.append(sum(reference() is not None for reference in references))
-        return open_session(model, threads)
+        return open_session(model, threads, target)
 
     monkeypatch.setattr(exporter.export, "load_source", load)
     monkeypatch.setattr(exporter.export, "open_session", open_counting)
@@ -225,6 +225,30 @@ def test_weights_of_the_model_are_gone_when_the_graph_is_opened(
     assert result.exit_code == 0, result.output
     assert len(references) > 40
     assert alive == [0]
+
+
+def test_export_for_cuda_computes_in_float16_and_measures_no_latency_without_a_device(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(SMALL)
+    save_checkpoint(tmp_path / "checkpoint", checkpoint)
+    result = export(tmp_path, "--target", "cuda", "--dtype", "float16", "--point", "1,2")
+    assert result.exit_code == 0, result.output
+    bundle = Bundle.load(tmp_path / "repository" / "tiny")
+    manifest = bundle.manifest
+    assert (manifest.target, manifest.weights) == ("cuda", "float16")
+    assert manifest.parity is not None
+    assert manifest.parity.relative_error is not None
+    assert 0 < manifest.parity.relative_error <= manifest.parity.tolerance == 0.02
+    assert [point.latency for point in manifest.points] == [()]
+    assert "latency is not measured" in " ".join(result.output.split())
+    with pytest.raises(BundleError, match="was written for cuda; recover the bundle for CPUs"):
+        recover(bundle)
+
+
+def test_export_for_cuda_in_another_type_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
+    result = export(tmp_path, "--target", "cuda")
+    assert result.exit_code == 2
+    assert "got --dtype float32: give float16" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_first_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
