@@ -67,7 +67,7 @@ class Decoder:
         self._preprocessing, self._limits = preprocessing, limits
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._small: DecodeLimits | None = None
-        if math.prod(preprocessing.image_size) <= _SMALL_PIXELS:  # scaling to more takes longer than the threads
+        if takes_small_images(preprocessing):
             self._small = DecodeLimits(
                 min(_SMALL_BYTES, limits.max_image_bytes), min(_SMALL_PIXELS, limits.max_image_pixels)
             )
@@ -87,6 +87,22 @@ class Decoder:
 
 def is_image_type(media_type: str) -> bool:
     return media_type in MEDIA_TYPES or media_type in _ALIASES
+
+
+def takes_small_images(preprocessing: Preprocessing) -> bool:
+    """Whether the event loop decodes small images for this model. Scaling to more pixels takes longer than a thread."""
+    return math.prod(preprocessing.image_size) <= _SMALL_PIXELS
+
+
+def is_small(data: bytes) -> bool:
+    """Whether the event loop decodes this file, if it is in order and the model takes small images."""
+    if len(data) > _SMALL_BYTES:
+        return False
+    try:
+        with Image.open(BytesIO(data), formats=_SMALL_FORMATS) as image:
+            return math.prod(image.size) <= _SMALL_PIXELS
+    except (*_PILLOW_ERRORS, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return False
 
 
 def decode_image(
