@@ -39,12 +39,15 @@ def test_the_table_of_adaptive_training_is_the_summary_of_its_report() -> None:
     assert summary in (EXPERIMENTS / "adaptive-training.md").read_text()
 
 
-def test_the_table_of_selected_experts_is_an_extract_of_the_sweep() -> None:
+def test_the_tables_of_selected_experts_are_extracts_of_the_sweep() -> None:
     tables = (EXPERIMENTS / "sweep.md").read_text()
     rows = _rows("selected-experts")
-    assert len(rows) == 4
-    for row in rows:
-        assert row.removesuffix("|") in tables  # its first columns are BPR's
+    assert len(rows) == 8
+    for model, extract in (("plain", rows[:4]), ("adaptive", rows[4:])):
+        start = tables.index(f"`{model}`, 1 image per group")
+        alone = tables[start : tables.index(f"`{model}`, 16 images per group")]
+        for row in extract:
+            assert row.removesuffix("|") in alone  # its first columns are BPR's
 
 
 def _rows(page: str) -> list[str]:
