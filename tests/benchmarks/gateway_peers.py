@@ -172,25 +172,28 @@ def png_and_jpeg(images: Images) -> Images:
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     against: Annotated[Path | None, typer.Option(help="Another checkout, measured in place of the peers.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of one inference; only with --against.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = OUT,
 ) -> None:
     """Compares the servers; took two minutes and a half."""
+    if threads > 1 and against is None:
+        raise typer.BadParameter("--threads needs --against: the peers have one")
     pin()
     images = png_and_jpeg(read_images(Subject.load(BUNDLE)))
     tried = rate_by_batch_timeout_ms(images) if against is None else {}
     with ExitStack() as stack:
-        starting = [ours("ours")]
+        starting = [ours("ours", threads=threads)]
         if against is None:
             starting += [peer("litserve", f"{max(tried, key=lambda each: tried[each]):g}"), peer("fastapi")]
         else:
-            starting += [ours(str(against), against.resolve())]
+            starting += [ours(str(against), against.resolve(), threads)]
         turns = measured([stack.enter_context(each) for each in starting], images, rounds)
     inference_s = inference_cpu_s(images)
     packages = ("onnxruntime", "uvicorn", "fastapi") + (("litserve",) if against is None else ())
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     conditions = (
-        f"{date.today().isoformat()}, `python -m tests.benchmarks.gateway_peers --rounds {rounds}` on {machine()} "
-        f"(load average at the end {os.getloadavg()[0]:.1f}); {versions}, `{BUNDLE.name}`, float32."
+        f"{date.today().isoformat()}, `python -m tests.benchmarks.gateway_peers --rounds {rounds} --threads {threads}` "
+        f"on {machine()} (load average at the end {os.getloadavg()[0]:.1f}); {versions}, `{BUNDLE.name}`, float32."
     )
     text = figures.markdown(turns, inference_s, tried, conditions)
     Console().print(text, markup=False, highlight=False)

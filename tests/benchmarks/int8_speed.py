@@ -2,6 +2,7 @@
 
 The shipped model and V-MoE-S/32 with random weights, float32 and int8, at batch 1 and 8 and two operating points, and
 one large product alone, in interleaved rounds of one run. Medians and ratios of them. Writes int8_speed.json and .md.
+If `make export-int8` has left its bundle, the page shows what both manifests say point by point, too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from exporter.bundle import Bundle, Point
+from exporter.bundle import Bundle, Manifest, Point
 from exporter.graph import build_graph
 from exporter.int8 import Int8Products, Range
 from exporter.machine import processor
@@ -45,10 +46,11 @@ from vmoe.operating_point import OperatingPoint
 from vmoe.preprocess import Preprocessing
 
 SHIPPED = Path("model_repository/vmoe-fashion-mnist")
+INT8 = Path("model_repository/vmoe-fashion-mnist-int8")
 OUT = Path("docs/bench")
 BATCHES = (1, 8)
 WARM_UP, SHORTEST_S = 2, 0.02  # runs; a timed sample repeats a run that is shorter
-CALIBRATION_IMAGES = 32  # speed does not depend on them
+CALIBRATION_IMAGES = 8  # speed does not depend on them; a batch of them is timed
 PRODUCT = (400, 384, 1536)  # rows, in, out: the first one of an MLP of S/32 at batch 8
 
 Run = Callable[[], object]
@@ -193,6 +195,29 @@ def markdown(results: list[Timed]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def shipped_table(exact: Manifest, coarse: Manifest) -> str:
+    """Both bundles point by point, as their manifests have it: of the same points, timed in one run."""
+    lines = [
+        "## The shipped bundles\n",
+        f"{exact.name} and {coarse.name}; times are those of `--profile-with`, on "
+        f"{'no machine' if exact.profile is None else exact.profile.machine}.\n",
+        "| C | K | float32 | int8 | lost, points | float32 / int8, batch 1 | batch 8 |",
+        "| --- | --- | --: | --: | --: | --: | --: |",
+    ]
+    counterpart = {(point.slots, point.num_selected_experts): point for point in coarse.points}
+    for point in exact.points:
+        other = counterpart[point.slots, point.num_selected_experts]
+        assert point.accuracy is not None
+        assert other.accuracy is not None
+        times = [{entry.batch_size: entry.median_s for entry in each.latency} for each in (point, other)]
+        ratios = (f"{times[0][size] / times[1][size]:.2f}" for size in BATCHES)
+        accuracies = f"{100 * point.accuracy:.2f} % | {100 * other.accuracy:.2f} %"
+        lost = 100 * (point.accuracy - other.accuracy)
+        name = f"{point.capacity_factor:g} | {point.num_selected_experts}"
+        lines.append(f"| {name} | {accuracies} | {lost:.2f} | {' | '.join(ratios)} |")
+    return "\n".join(lines) + "\n"
+
+
 NOTES = """\
 *product*: one matrix product alone, rows x in x out, without the rounding of its input. *S/32*: random weights.
 
@@ -218,6 +243,8 @@ def main(
     )
     out.mkdir(parents=True, exist_ok=True)
     text = f"# Speed in 8 bits\n\n`make bench-int8` wrote this page. {machine}\n\n{NOTES}\n\n{markdown(results)}"
+    if INT8.is_dir():
+        text += "\n" + shipped_table(Bundle.load(SHIPPED).manifest, Bundle.load(INT8).manifest)
     (out / "int8_speed.md").write_text(text)
     record = {"machine": machine, "results": [asdict(each) for each in results]}
     (out / "int8_speed.json").write_text(json.dumps(record, indent=1) + "\n")

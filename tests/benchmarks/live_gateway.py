@@ -48,6 +48,7 @@ MAX_BATCH_SIZE = 16  # the gateway's default
 DEADLINE_MS, GRACE_S = 300.0, 0.05
 WARMUP_S, TIMEOUT_S = 1.0, 5.0
 CORES = sorted(os.sched_getaffinity(0))  # Linux
+SERVER_CORES = CORES[:-1] or CORES
 USERS, SATURATE_S = 32, 3.0
 _KEY = "benchmark"  # of a gateway that listens on the loopback interface alone
 
@@ -73,27 +74,33 @@ def read_images(subject: Subject) -> Images:
 
 
 @contextmanager
-def gateway(policy: str, *module: str, tree: Path | None = None) -> Iterator[tuple[str, int]]:
+def gateway(policy: str, *module: str, tree: Path | None = None, threads: int = 1) -> Iterator[tuple[str, int]]:
     """URL and process id of `python -m server`, or of another module that takes its options, ready.
 
     Arguments:
         policy: as the setting.
         tree: another checkout of this project, whose code is run.
+        threads: of one inference; with more than one, the gateway has all cores.
     """
     port = free_port()
-    arguments = ("--port", str(port), "--threads", "1", "--policy", policy, "--log-level", "warning")
-    with serving(f"http://127.0.0.1:{port}", "/readyz", *(module or ("server",)), *arguments, tree=tree) as pid:
+    cores = CORES if threads > 1 else SERVER_CORES
+    arguments = ("--port", str(port), "--threads", str(threads), "--policy", policy, "--log-level", "warning")
+    with serving(
+        f"http://127.0.0.1:{port}", "/readyz", *(module or ("server",)), *arguments, tree=tree, cores=cores
+    ) as pid:
         yield f"http://127.0.0.1:{port}", pid
 
 
 @contextmanager
-def serving(url: str, ready: str, *module: str, tree: Path | None = None) -> Iterator[int]:
-    """Process id of `python -m MODULE ...` on the cores of servers, once `url` answers 200 on the path `ready`."""
+def serving(
+    url: str, ready: str, *module: str, tree: Path | None = None, cores: Sequence[int] | None = None
+) -> Iterator[int]:
+    """Process id of `python -m MODULE ...` once `url` answers 200 on the path `ready`; by default on `SERVER_CORES`."""
     environment = os.environ | {"VMOE_ADMIN_KEY": _KEY} | ({} if tree is None else {"PYTHONPATH": str(tree)})
     # Set before Python starts: a thread keeps the affinity that it was started with.
-    cores = ",".join(map(str, CORES[:-1] or CORES))
+    listed = ",".join(map(str, cores or SERVER_CORES))
     process = subprocess.Popen(
-        ["taskset", "--cpu-list", cores, sys.executable, "-m", *module], env=environment, cwd=tree
+        ["taskset", "--cpu-list", listed, sys.executable, "-m", *module], env=environment, cwd=tree
     )
     try:
         deadline_s = time.monotonic() + 60

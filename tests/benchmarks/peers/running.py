@@ -24,11 +24,12 @@ class Server:
 
 
 @contextmanager
-def ours(name: str, tree: Path | None = None) -> Iterator[Server]:
+def ours(name: str, tree: Path | None = None, threads: int = 1) -> Iterator[Server]:
     """Arguments:
     tree: another checkout.
+    threads: see `gateway`.
     """
-    with gateway("fixed", tree=tree) as (url, pid):
+    with gateway("fixed", tree=tree, threads=threads) as (url, pid):
         put_policy(url, POLICIES["fixed full"])
         yield Server(name, url, pid)
 
