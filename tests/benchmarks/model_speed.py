@@ -197,7 +197,7 @@ def main(
     only: Annotated[str, typer.Option(help="Models: some of tiny, s32, b16, by commas.")] = "tiny,s32,b16",
     threads: Annotated[int, typer.Option(help="0: all cores.")] = 0,
     with_torch: Annotated[bool, typer.Option("--torch/--no-torch")] = True,
-    compile_limit_s: Annotated[float, typer.Option(help="Of torch.compile, per model; 0 leaves it out.")] = 45.0,
+    compile_limit_s: Annotated[float, typer.Option(help="Of torch.compile, per model; 0 leaves it out.")] = 60.0,
 ) -> None:
     """Times the exported graph and its peers, interleaved."""
     names = {name.lower().replace("/", ""): name for name in MODELS}

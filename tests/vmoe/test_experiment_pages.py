@@ -39,6 +39,20 @@ def test_the_table_of_adaptive_training_is_the_summary_of_its_report() -> None:
     assert summary in (EXPERIMENTS / "adaptive-training.md").read_text()
 
 
+def test_the_table_of_sparse_against_dense_is_that_of_its_report() -> None:
+    rows = _rows("sparse-vs-dense")
+    summaries = json.loads((EXPERIMENTS / "sparse-vs-dense.json").read_text())["summary"]
+    assert len(rows) == len(summaries) == 12
+    for each, row in zip(summaries, rows, strict=True):
+        kind = "dense" if each["kind"] == "dense" else "V-MoE"
+        point = "" if each["point"] is None else " {capacity_factor:g}, {num_selected_experts}".format(**each["point"])
+        spread = "" if each["deviation"] is None else f" +- {100 * each['deviation']:.2f}"
+        assert row == (
+            f"| {each['width']} | {kind} |{point} | {each['parameters']:,} | {100 * each['accuracy']:.2f}{spread} % "
+            f"| {each['inference_flops'] / 1e6:.2f} | {each['training_flops'] / 1e12:.1f} |"
+        )
+
+
 def test_the_tables_of_selected_experts_are_extracts_of_the_sweep() -> None:
     tables = (EXPERIMENTS / "sweep.md").read_text()
     rows = _rows("selected-experts")
