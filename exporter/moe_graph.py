@@ -15,7 +15,7 @@ mix operating points. A pair is known by its *place* n * K + k: choice k of toke
                 A slot is filled where its key is positive and its number below the group's slots.
     rows        Compress lists the filled slots by expert; one Gather, one Split with run-time sizes
     expert      Gemm, Gelu, Gemm on a 2-D matrix with constant weights, which the runtime pre-packs (a batched 3-D
-                MatMul would not be: 1.3-1.6 times slower at 2 to 52 rows per expert, 128 wide)
+                MatMul would not be, and is slower from 2 rows per expert on)
     combine     ScatterND writes every row to its place in (N * K, D), then a MatMul of gates (1, K) and rows (K, D) per
                 token. No two rows have the same place. Adding them to the residual directly has duplicate indices, and
                 with reduction=add that is a data race in ONNX Runtime's CPU kernel; one ScatterND per expert has none,
