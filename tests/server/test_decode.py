@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from server.decode import DecodeLimits, Decoder, Upload, decode_image
+from server.decode import DecodeLimits, Decoder, Upload, decode_image, is_small, takes_small_images
 from server.errors import BrokenImage, ImageError, ImageTooLarge, NotAnImage, TooManyPixels, UnsupportedMediaType
 from vmoe.preprocess import Preprocessing
 
@@ -158,7 +158,10 @@ def test_decode_when_media_type_is_unknown_then_message_lists_the_accepted_ones(
 
 def test_decoder_when_file_and_image_are_small_then_no_thread_is_needed() -> None:
     pixels = np.arange(64, dtype=np.uint8).reshape(SIZE, SIZE)
-    assert (_decode_without_threads(encode(Image.fromarray(pixels)), GRAY)[..., 0] == pixels).all()
+    data = encode(Image.fromarray(pixels))
+    assert (_decode_without_threads(data, GRAY)[..., 0] == pixels).all()
+    assert is_small(data)
+    assert takes_small_images(GRAY)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +176,7 @@ def test_decoder_when_file_and_image_are_small_then_no_thread_is_needed() -> Non
 def test_decoder_when_anything_is_larger_then_a_thread_decodes(data: bytes, preprocessing: Preprocessing) -> None:
     with pytest.raises(RuntimeError, match="after shutdown"):
         _decode_without_threads(data, preprocessing)
+    assert not (is_small(data) and takes_small_images(preprocessing))
     decoder = Decoder(preprocessing, LIMITS, threads=1)
     try:
         assert asyncio.run(decoder.decode(Upload(data, ""))).shape == (*preprocessing.image_size, 1)
