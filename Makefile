@@ -101,6 +101,10 @@ experiments-routing: $(VENV)/.full $(FASHION_MNIST)
 	$(BIN)/python -m vmoe show-routing runs/routing/plain/checkpoint --plot docs/experiments/kept-patches.png
 	$(BIN)/python -m vmoe routing-analysis runs/routing/plain/checkpoint --limit 2000 \
 		--json docs/experiments/routing-analysis.json --plot docs/experiments/routing-analysis.png
+	set -e; for model in adaptive vanilla; do \
+		$(BIN)/python -m vmoe routing-analysis runs/routing/$$model/checkpoint --limit 2000 \
+			--json docs/experiments/routing-analysis-$$model.json; \
+	done
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'

@@ -10,7 +10,7 @@ own metric, so it does not depend on who else runs. With N answers in B batches 
     slowdown    measured over profiled time of a batch of one, alone
     batch_s     (work per answer alone - in the crowd) / (1 - B / N): alone every answer has a batch of its own
     front_s, refuse_s    half each of the work per refusal; where the line lies between them changes no total
-    answer_s    the rest of the work per answer, without decoding
+    answer_s    the rest of the work per answer
     way_s       what is left of the latency alone
     contention  T = B batch_s + slowdown * (profiled time of all batches) + contention * (all other work beside them)
 
@@ -35,7 +35,6 @@ from loadtest.images import Images
 from loadtest.subject import Subject
 from loadtest.surroundings import Surroundings
 from server.budgets import DEFAULT_BUDGET
-from server.decode import is_small, takes_small_images
 
 # Chosen, not tuned: twice the gateway's default batch, so that the next batch is full when one ends.
 CROWD = 32
@@ -65,12 +64,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was seen; see the module. small_images: the event loop decodes them, if the model takes small images."""
+    """What was seen; see the module."""
 
     alone: Phase
     crowd: Phase
     refused: Phase
-    small_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,8 +101,7 @@ async def probe(client: Client, images: Images, crowd_s: float = CROWD_S) -> Pro
     alone = await _closed(client, images, 1, ALONE_S, _PATIENT_MS)
     await _closed(client, images, CROWD, SETTLE_S, _PATIENT_MS)
     crowd = await _closed(client, images, CROWD, crowd_s, _PATIENT_MS)
-    refused = await _closed(client, images, CROWD, REFUSED_S, _HOPELESS_MS)
-    return Probe(alone, crowd, refused, all(is_small(body) for body in images.bodies[:CROWD]))
+    return Probe(alone, crowd, await _closed(client, images, CROWD, REFUSED_S, _HOPELESS_MS))
 
 
 async def _closed(client: Client, images: Images, users: int, duration_s: float, deadline_ms: float) -> Phase:
@@ -155,8 +152,6 @@ def calibrate(found: Probe, subject: Subject, max_batch_size: int) -> Calibratio
     if batches_per_answer < 1:
         batch_s = min(max((loop_alone_s - loop_crowd_s) / (1 - batches_per_answer), 0.0), loop_crowd_s)
     request_s = loop_crowd_s - batch_s * batches_per_answer
-    if found.small_images and takes_small_images(subject.manifest.preprocessing):
-        request_s = max(request_s - decode_s, 0.0)  # it has its own place in the account
     refusals = [reply for reply, _, _ in found.refused.replies if isinstance(reply, Shed)]
     refusal_s = found.refused.loop_cpu_s / len(refusals) if len(refusals) == len(found.refused.replies) else request_s
     front_s = min(refusal_s / 2, request_s)

@@ -282,7 +282,7 @@ class _LoopTime(Collector):
     """Processor time of the thread that scrapes: the event loop's. The loop is one thread, so 1 s per second is all."""
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        text = "Processor time of the event loop: all but inference and the decoding of larger images."
+        text = "Processor time of the event loop: all but inference and decoding."
         yield CounterMetricFamily("vmoe_event_loop_cpu_seconds", text, value=time.thread_time())
 
     def describe(self) -> Iterator[CounterMetricFamily]:

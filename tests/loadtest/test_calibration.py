@@ -61,16 +61,6 @@ def test_calibration_when_a_machine_was_probed_then_its_costs_are_found(subject:
     assert [len(batch.rungs) for batch in found.batches] == [SIZE] * 4
 
 
-def test_calibration_when_the_loop_decoded_the_images_then_decoding_counts_once(subject: Subject) -> None:
-    probe = replace(probe_of(subject, contention=0.0), small_images=True)
-    costs = calibrate(probe, subject, SIZE).surroundings
-    # Of the 0.286667 per answer decoding is 0.1, front 0.1; the way is longer by what no stage explains any more.
-    assert costs.decode_s == pytest.approx(0.1 * MS)
-    assert costs.front_s == pytest.approx(0.1 * MS)
-    assert costs.answer_s == pytest.approx(0.086667 * MS, rel=1e-4)
-    assert costs.way_s == pytest.approx(1.5 * MS)
-
-
 def test_calibration_when_the_crowd_was_slower_than_contention_explains_then_the_machine_is(subject: Subject) -> None:
     found = calibrate(probe_of(subject, contention=3.0), subject, SIZE)
     assert found.surroundings.contention == 1

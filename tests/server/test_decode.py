@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
-import re
 import struct
 import zlib
 
@@ -14,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from server.decode import DecodeLimits, Decoder, Upload, decode_image, is_small, takes_small_images
+from server.decode import DecodeLimits, Upload, decode_image
 from server.errors import BrokenImage, ImageError, ImageTooLarge, NotAnImage, TooManyPixels, UnsupportedMediaType
 from vmoe.preprocess import Preprocessing
 
@@ -156,55 +154,6 @@ def test_decode_when_media_type_is_unknown_then_message_lists_the_accepted_ones(
         decode(encode(Image.new("L", (SIZE, SIZE))), media_type=media_type)
 
 
-def test_decoder_when_file_and_image_are_small_then_no_thread_is_needed() -> None:
-    pixels = np.arange(64, dtype=np.uint8).reshape(SIZE, SIZE)
-    data = encode(Image.fromarray(pixels))
-    assert (_decode_without_threads(data, GRAY)[..., 0] == pixels).all()
-    assert is_small(data)
-    assert takes_small_images(GRAY)
-
-
-@pytest.mark.parametrize(
-    ("data", "preprocessing"),
-    [
-        pytest.param(encode(Image.new("L", (65, 64))), GRAY, id="pixels"),
-        pytest.param(encode(Image.effect_noise((60, 60), 100), compress_level=0) + b"x" * 500, GRAY, id="bytes"),
-        pytest.param(encode(Image.new("L", (8, 8)), "WEBP"), GRAY, id="format"),
-        pytest.param(encode(Image.new("L", (8, 8))), Preprocessing((65, 64), 1, (0.5,), (0.5,)), id="model"),
-    ],
-)
-def test_decoder_when_anything_is_larger_then_a_thread_decodes(data: bytes, preprocessing: Preprocessing) -> None:
-    with pytest.raises(RuntimeError, match="after shutdown"):
-        _decode_without_threads(data, preprocessing)
-    assert not (is_small(data) and takes_small_images(preprocessing))
-    decoder = Decoder(preprocessing, LIMITS, threads=1)
-    try:
-        assert asyncio.run(decoder.decode(Upload(data, ""))).shape == (*preprocessing.image_size, 1)
-    finally:
-        decoder.close()
-
-
-@pytest.mark.parametrize(
-    ("data", "error"),
-    [
-        (encode(Image.new("L", (SIZE, SIZE)))[:48], BrokenImage),
-        (b"no image", NotAnImage),
-        (encode(Image.new("L", (101, 100))), TooManyPixels),
-    ],
-)
-def test_decoder_when_a_small_file_is_bad_then_the_error_is_that_of_any_other(
-    data: bytes, error: type[ImageError]
-) -> None:
-    decoder = Decoder(GRAY, LIMITS, threads=1)
-    try:
-        with pytest.raises(error) as seen:
-            asyncio.run(decoder.decode(Upload(data, "")))
-        with pytest.raises(error, match=re.escape(str(seen.value))):
-            decode(data, GRAY)
-    finally:
-        decoder.close()
-
-
 @settings(max_examples=300, deadline=None)
 @given(
     image_format=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP"]),
@@ -223,12 +172,6 @@ def test_decode_when_bytes_are_damaged_then_nothing_but_image_errors_escapes(
     except ImageError:
         return
     assert pixels.shape == (SIZE, SIZE, 3)
-
-
-def _decode_without_threads(data: bytes, preprocessing: Preprocessing) -> np.ndarray:
-    decoder = Decoder(preprocessing, LIMITS, threads=1)
-    decoder.close()
-    return asyncio.run(decoder.decode(Upload(data, "image/png")))
 
 
 def _png_chunks(width: int, height: int, *, bit_depth: int, rows: bytes) -> list[tuple[bytes, bytes]]:

@@ -19,13 +19,19 @@ EXPERIMENTS = Path(__file__).parents[2] / "docs" / "experiments"
 PAGES = sorted(path.stem for path in EXPERIMENTS.glob("*.md") if path.name != "sweep.md")  # that one is tables alone
 
 
-def test_the_table_of_routing_analysis_is_that_of_its_report() -> None:
+@pytest.mark.parametrize(
+    ("model", "report"),
+    [("plain", "routing-analysis"), ("adaptive", "routing-analysis-adaptive"), ("vanilla", "routing-analysis-vanilla")],
+)
+def test_the_table_of_routing_analysis_is_that_of_its_reports(model: str, report: str) -> None:
     page = (EXPERIMENTS / "routing-analysis.md").read_text()
-    for layer in json.loads((EXPERIMENTS / "routing-analysis.json").read_text())["layers"]:
+    layers = json.loads((EXPERIMENTS / f"{report}.json").read_text())["layers"]
+    assert [layer["block"] for layer in layers] == [1, 3]
+    for layer in layers:
         least, most = 100 * min(layer["load"]), 100 * max(layer["load"])
         row = (
-            f"| {layer['block']} | {layer['dependence']:.3f} | {layer['chance']:.3f} | {least:.1f} to {most:.1f} % "
-            f"| {100 * layer['dropped']:.1f} % | {100 * layer['unserved']:.1f} % |"
+            f"| `{model}` | {layer['block']} | {layer['dependence']:.3f} | {layer['chance']:.3f} "
+            f"| {least:.1f} to {most:.1f} % | {100 * layer['dropped']:.1f} % | {100 * layer['unserved']:.1f} % |"
         )
         assert row in page
 
