@@ -48,6 +48,7 @@ export-int8: $(VENV)/.full $(FASHION_MNIST)
 		--dtype int8 --calibration-images $(FASHION_MNIST) --images $(FASHION_MNIST) --rounds 0
 	$(BIN)/python -m exporter --profile-only --name vmoe-fashion-mnist --profile-with vmoe-fashion-mnist-int8 \
 		--out model_repository
+	$(BIN)/python -m exporter plot model_repository/vmoe-fashion-mnist --output docs/operating-points.png
 
 # The same bursts against the default policy and two fixed ones; leaves runs/loadtest-demo/index.html. Two minutes.
 loadtest-demo: $(VENV)/.full $(FASHION_MNIST)

@@ -62,7 +62,7 @@ def time_together(directories: Sequence[Path], threads: int, rounds: int | None,
         manifest = bundle.manifest
         images = sample_images(manifest.preprocessing, None, max(batch_sizes))
         inputs = normalize(images, manifest.preprocessing) if manifest.input == "float32" else images
-        session = open_session(bundle.model_path, threads, manifest.target)
+        session = open_session(bundle.model_path, threads, manifest.target, alone=len(bundles) == 1)
         graphs.append(Timed(session, inputs, manifest.points))
     with count_progress(console) as bar:
         num_points = sum(len(graph.points) for graph in graphs)

@@ -1,4 +1,4 @@
-"""ONNX Runtime over an exported graph, as parity check and profiler use it. Torch-free.
+"""ONNX Runtime over an exported graph, for parity check, profiler and gateway alike. Torch-free.
 
 Axes: B images, L MoE layers, E experts.
 """
@@ -19,14 +19,33 @@ def has_cuda() -> bool:
     return "CUDAExecutionProvider" in ort.get_available_providers()
 
 
-def open_session(model: Path, threads: int = 0, target: Target = "cpu") -> ort.InferenceSession:
+def session_options(threads: int = 0, *, spinning: bool = True, alone: bool = True) -> ort.SessionOptions:
+    """Those of the gateway's sessions by default, so that profiled times are those of serving.
+
+    Arguments:
+        threads: of one inference; 0 lets ONNX Runtime take every core.
+        spinning: threads that wait for each other between two operators keep their cores. Without it two threads on two
+            quiet cores can be slower than one; where others need the cores, it is the other way round.
+        alone: no other session runs in turn with this one. The threads of one that does would spin on for a while and
+            take the other's cores: two sessions in turn took twice the time of each alone.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not alone:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def open_session(model: Path, threads: int = 0, target: Target = "cpu", *, alone: bool = True) -> ort.InferenceSession:
     """Loads a graph, on the CPU unless it was written for a CUDA device and there is a provider for these.
 
     Arguments:
         threads: of the CPU; 0 lets ONNX Runtime take every core.
+        alone: see `session_options`.
     """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options = session_options(threads, alone=alone)
     providers = ["CUDAExecutionProvider"] if target == "cuda" and has_cuda() else []
     return ort.InferenceSession(str(model), options, providers=[*providers, "CPUExecutionProvider"])
 

@@ -58,6 +58,10 @@ class Settings(BaseSettings):
         default="none", description="what runs batches, at the cheapest points allowed, while no Triton server does"
     )
     threads: int = Field(default=0, ge=0, description="threads of one inference; 0 lets ONNX Runtime choose")
+    spinning: bool = Field(
+        default=True,
+        description="threads of the embedded engine wait on their cores for each other: faster, unless others need them",
+    )
     packed_weights: Path | None = Field(
         default=None,
         description="directory for the weights as the embedded engine maps them; gateways that name the same one share "

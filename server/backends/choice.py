@@ -29,7 +29,7 @@ def create_backend(
     """
     if settings.backend == "embedded":
         named = {"": bundle} | {other.manifest.name: other for other in others}
-        embedded = {name: OrtBackend(each, settings.threads, settings.packed_weights) for name, each in named.items()}
+        embedded = {name: _embedded(each, settings, alone=not others) for name, each in named.items()}
         return SeveralBackends(embedded) if others else embedded[""]
     try:
         from server.backends.triton.backend import TritonBackend  # an optional dependency
@@ -52,4 +52,8 @@ def create_backend(
     )
     if settings.fallback == "none":
         return triton
-    return FallbackBackend(triton, OrtBackend(bundle, settings.threads, settings.packed_weights), metrics)
+    return FallbackBackend(triton, _embedded(bundle, settings), metrics)
+
+
+def _embedded(bundle: Bundle, settings: Settings, *, alone: bool = True) -> OrtBackend:
+    return OrtBackend(bundle, settings.threads, settings.packed_weights, spinning=settings.spinning, alone=alone)

@@ -14,6 +14,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from exporter.bundle import Bundle, BundleError
+from exporter.session import session_options
 from exporter.tensors import TensorType, graph_inputs, graph_outputs
 from server.backends import packed
 from server.backends.base import BackendError, Batch, Outputs
@@ -41,6 +42,7 @@ class OrtBackend:
         bundle: its files were verified against the manifest.
         threads: of one inference; 0 lets ONNX Runtime choose.
         packed_weights: directory of `packed`; None packs in memory.
+        spinning, alone: see `exporter.session.session_options`.
 
     Raises:
         BundleError: ONNX Runtime cannot load the graph, or its tensors are not those of the manifest.
@@ -51,21 +53,22 @@ class OrtBackend:
     floors_only = False
     cancellable = False
 
-    def __init__(self, bundle: Bundle, threads: int, packed_weights: Path | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int,
+        packed_weights: Path | None = None,
+        *,
+        spinning: bool = True,
+        alone: bool = True,
+    ) -> None:
         self._manifest = bundle.manifest
         path = bundle.model_path
         if packed_weights is not None:
             if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
                 raise BackendError("packed_weights is for processors; leave it out where onnxruntime-gpu is installed")
             path = packed_model(self._manifest, packed_weights, partial(_pack, path))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # A thread that spins between two operators takes the core that the event loop needs. With 2 threads on 2 cores
-        # that others used too, 32 users had 132 answers/s with it and 226 without, one user 53 and 86 (2026-11-27,
-        # `python -m tests.benchmarks.gateway_peers --threads 2 --against` a checkout that spins). An image that has the
-        # machine for itself pays: 5.8 ms instead of 4.4 in the best tenth of runs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = _open(path, options)
+        self._session = _open(path, session_options(threads, spinning=spinning, alone=alone))
         _check_tensors(self._session, bundle)
         self._run_options = onnxruntime.RunOptions()
         # `token_experts` costs nothing in batches that do not ask for it.

@@ -9,10 +9,14 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from prometheus_client import CollectorRegistry
+from pydantic_settings import CliApp
 
 from exporter.bundle import Bundle, BundleError, Manifest
 from server.backends.base import Batch
+from server.backends.choice import create_backend
 from server.backends.ort import OrtBackend
+from server.settings import Settings
 
 IMAGES = ("images", TensorProto.UINT8, ["B", 8, 8, 1])
 LOGITS = ("logits", TensorProto.FLOAT, ["B", 4])
@@ -93,3 +97,19 @@ def test_backend_when_file_is_no_graph_then_it_is_refused(tmp_path: Path, dense_
     (tmp_path / "1" / "model.onnx").write_bytes(b"not a graph")
     with pytest.raises(BundleError, match="cannot load"):
         OrtBackend(Bundle(tmp_path, dense_manifest), threads=1)
+
+
+@pytest.mark.parametrize(("arguments", "spins"), [([], True), (["--no-spinning"], False)])
+def test_threads_spin_unless_the_setting_says_otherwise(
+    tmp_path: Path, dense_manifest: Manifest, arguments: list[str], spins: bool
+) -> None:
+    write_graph(tmp_path)
+    settings = CliApp.run(Settings, cli_args=arguments)
+    backend = create_backend(settings, Bundle(tmp_path, dense_manifest), CollectorRegistry())
+    assert isinstance(backend, OrtBackend)
+    options = backend._session.get_session_options()
+    try:
+        entry = options.get_session_config_entry("session.intra_op.allow_spinning")
+    except RuntimeError:  # not set: ONNX Runtime's default
+        entry = "1"
+    assert entry == str(int(spins))
