@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     threads: int = Field(default=0, ge=0, description="threads of one inference; 0 lets ONNX Runtime choose")
     spinning: bool = Field(
         default=True,
-        description="threads of the embedded engine wait on their cores for each other: faster, unless others need them",
+        description="threads of the embedded engine wait on their cores for one another: fast, unless others need them",
     )
     packed_weights: Path | None = Field(
         default=None,
