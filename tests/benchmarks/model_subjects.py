@@ -21,6 +21,7 @@ from exporter.graph import build_graph
 from exporter.moe_graph import MoeLayers
 from exporter.products import Products
 from exporter.recover import recover
+from exporter.session import session_options
 from vmoe.config import VARIANTS, ModelConfig
 from vmoe.model import VisionTransformer
 from vmoe.operating_point import OperatingPoint
@@ -178,8 +179,7 @@ class Subject:
 def open_session(
     model: Path | bytes, threads: int, profile: Path | None = None, device: str = "CPU"
 ) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options = session_options(threads, alone=False)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     providers = dict.fromkeys(f"{each}ExecutionProvider" for each in (device, "CPU"))

@@ -95,6 +95,7 @@ def test_entry_that_had_its_time_leaves_the_rounds(monkeypatch: pytest.MonkeyPat
     calls: list[str] = []
     entries = [(1, (way, "case", None, lambda way=way: calls.append(way))) for way in ("a", "b")]
     monkeypatch.setattr("tests.benchmarks.model_speed.SHORTEST_S", 0.0)
+    monkeypatch.setattr("tests.benchmarks.model_speed.SETTLE_S", 0.0)
     samples = times_s(entries, 3, lambda: None)
     assert [len(each) for each in samples] == [1, 1]
     assert calls == ["a", "b", "a", "b"]  # the first round warms up
