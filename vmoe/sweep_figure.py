@@ -47,7 +47,7 @@ def save_sweep_figure(path: Path, sweeps: Mapping[str, Sequence[SweepPoint]]) ->
     for axes in panels[:, 0]:
         axes.set_ylabel("accuracy, %")
     panels[0, -1].legend(fontsize=6, loc="lower right")
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=72)
 
 
 def _curves(points: Sequence[SweepPoint], group: int) -> dict[tuple[Routing, int], list[SweepPoint]]:
