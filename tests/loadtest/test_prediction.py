@@ -35,9 +35,11 @@ def said(subject: Subject, active: ActivePolicy) -> PolicyBody:
     return PolicyBody.model_validate_json(body.model_dump_json())
 
 
-def predictor(subject: Subject, policy: str = "foresight", batches: tuple[BatchSeen, ...] = ()) -> Predictor:
+def predictor(
+    subject: Subject, policy: str = "foresight", batches: tuple[BatchSeen, ...] = (), slowdown: float = 1.5
+) -> Predictor:
     costs = Surroundings(front_s=1e-4, answer_s=2e-4, way_s=5e-4, contention=1.0)
-    return Predictor(subject, subject.policy(policy), Calibration(costs, 1.5, 1.0, 300.0, batches), SIZE, 1)
+    return Predictor(subject, subject.policy(policy), Calibration(costs, slowdown, 1.0, 300.0, batches), SIZE, 1)
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
@@ -140,13 +142,16 @@ def test_simulate_when_given_the_machine_of_a_report_then_it_has_the_costs_that_
 def test_prediction_when_the_probe_saw_batches_then_the_simulated_gateway_has_learned_from_them(
     subject: Subject,
 ) -> None:
-    # The machine is 1.5 times slower than profiled. Alone at the first moment, a scheduler that knows it refuses a
-    # deadline that is 1.3 times the profiled time; one that has the profile admits it, to be late.
-    full = subject.ladder.full
-    alone_s = subject.latency(SIZE).uniform_s(full, 1)
+    # The machine is 3 times slower than profiled. At the first moment, a scheduler that knows it refuses a deadline
+    # just beyond the profile's high quantile; one that has the profile admits it, to be late.
+    full, slowdown = subject.ladder.full, 3.0
+    latency = subject.latency(SIZE)
+    deadline_s = 1.1 * latency.uniform_s(full, 1, high=True)
+    alone_s = slowdown * latency.uniform_s(full, 1)
+    assert alone_s > deadline_s
     trace = poisson_trace(300, 0.01, 1)
     assert len(trace)
-    plan = Plan(type(trace).of([0.0], deadline_s=[1.3 * alone_s]), "trace", Terms(0.0, 5.0, 0.0, 99.0), 3)
-    seen = tuple(BatchSeen((full,), 1.5 * alone_s) for _ in range(40))
-    assert predictor(subject, "fixed").predict(plan).missed_ratio == 1
-    assert predictor(subject, "fixed", seen).predict(plan).shed_ratio == 1
+    plan = Plan(type(trace).of([0.0], deadline_s=[deadline_s]), "trace", Terms(0.0, 5.0, 0.0, 99.0), 3)
+    seen = tuple(BatchSeen((full,), alone_s) for _ in range(40))
+    assert predictor(subject, "fixed", slowdown=slowdown).predict(plan).missed_ratio == 1
+    assert predictor(subject, "fixed", seen, slowdown).predict(plan).shed_ratio == 1

@@ -196,7 +196,7 @@ def test_classify_when_something_unexpected_breaks_then_500_without_detail(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr("server.routes.describe_result", broken)
+    monkeypatch.setattr("server.routes.describe_answer", broken)
     with serve_fake() as client:
         assert_problem(client.post("/classify", content=GRAY_1X1, headers=PNG), 500, "internal_error")
 
