@@ -27,7 +27,8 @@ def session_options(threads: int = 0, *, spinning: bool = True, alone: bool = Tr
         spinning: threads that wait for each other between two operators keep their cores. Without it two threads on two
             quiet cores can be slower than one; where others need the cores, it is the other way round.
         alone: no other session runs in turn with this one. The threads of one that does would spin on for a while and
-            take the other's cores: two sessions in turn took twice the time of each alone.
+            take the other's cores: two in turn took about twice the time of each alone (float32 and int8 bundle, 8
+            images, 2 threads on 2 cores of an AMD EPYC, onnxruntime 1.32.0, 2026-11-27).
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

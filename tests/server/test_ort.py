@@ -16,6 +16,7 @@ from exporter.bundle import Bundle, BundleError, Manifest
 from server.backends.base import Batch
 from server.backends.choice import create_backend
 from server.backends.ort import OrtBackend
+from server.backends.several import SeveralBackends
 from server.settings import Settings
 
 IMAGES = ("images", TensorProto.UINT8, ["B", 8, 8, 1])
@@ -113,3 +114,19 @@ def test_threads_spin_unless_the_setting_says_otherwise(
     except RuntimeError:  # not set: ONNX Runtime's default
         entry = "1"
     assert entry == str(int(spins))
+
+
+def test_sessions_that_run_in_turn_stop_spinning_between_their_runs(tmp_path: Path, dense_manifest: Manifest) -> None:
+    write_graph(tmp_path)
+    served = Bundle(tmp_path, dense_manifest)
+    other = Bundle(tmp_path, dense_manifest.model_copy(update={"name": "other"}))
+    several = create_backend(Settings(), served, CollectorRegistry(), [other])
+    assert isinstance(several, SeveralBackends)
+    for backend in several._backends.values():
+        assert isinstance(backend, OrtBackend)
+        options = backend._session.get_session_options()
+        assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+    alone = create_backend(Settings(), served, CollectorRegistry())
+    assert isinstance(alone, OrtBackend)
+    with pytest.raises(RuntimeError, match="force_spinning_stop"):  # not set
+        alone._session.get_session_options().get_session_config_entry("session.force_spinning_stop")
