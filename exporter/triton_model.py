@@ -46,8 +46,6 @@ class TritonPythonModel:
         if args["model_instance_kind"] == "GPU":
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": args["model_instance_device_id"]}))
         self._session = onnxruntime.InferenceSession(directory / "model.onnx", options, providers=providers)
-        self._run_options = onnxruntime.RunOptions()
-        self._run_options.only_execute_path_to_fetches = True
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answers all requests by one run, as the ONNX Runtime backend does; they fail or succeed together.
@@ -72,7 +70,7 @@ class TritonPythonModel:
             sizes = [len(part) for part in parts]
         wanted = [set(request.requested_output_names()) for request in requests]
         names = [name for name in self._outputs if any(name in some for some in wanted)]
-        results = dict(zip(names, self._session.run(names, feeds, self._run_options), strict=True))
+        results = dict(zip(names, self._session.run(names, feeds), strict=True))
         responses, start = [], 0
         for size, some in zip(sizes, wanted, strict=True):
             rows = slice(start, start + size)
