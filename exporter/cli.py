@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -210,6 +210,13 @@ def export(
         float,
         typer.Option(min=0.0, help="Longest wait in Triton's queue; 0 sets no queue policy, see docs/triton.md."),
     ] = 0.0,
+    triton_packed_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIRECTORY",
+            help="Of the server: its instances write packed weights there once, and share them; backend python on cpu.",
+        ),
+    ] = None,
     triton_only: Annotated[
         bool,
         typer.Option("--triton-only", help="Write Triton's files of OUT/NAME again; export and measure nothing."),
@@ -220,8 +227,15 @@ def export(
     ] = None,
 ) -> None:
     """Exports CHECKPOINT to OUT/NAME: ONNX graph, manifest with measured accuracy and latency, Triton config."""
-    triton = TritonOptions(triton_backend.value, triton_device.value, triton_instances, threads, triton_queue_timeout_s)
     with _clear_errors():
+        triton = TritonOptions(
+            triton_backend.value,
+            triton_device.value,
+            triton_instances,
+            threads,
+            triton_queue_timeout_s,
+            None if triton_packed_weights is None else PurePosixPath(triton_packed_weights),
+        )
         if triton_repository is not None and not triton_only:
             raise typer.BadParameter("--triton-repository goes with --triton-only")
         if profile_with and not profile_only:
