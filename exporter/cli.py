@@ -20,6 +20,7 @@ from exporter.measure import measure_bundle, time_together
 from exporter.triton_config import TritonOptions
 from exporter.triton_directory import write_model_directory, write_triton_files
 from vmoe.architecture import Hints, parse_image_size
+from vmoe.atomic_directory import is_taken
 from vmoe.operating_point import parse_point
 from vmoe.preprocess import parse_channel_values
 
@@ -324,7 +325,7 @@ def recover(
         from exporter.recover import recover as checkpoint_of  # imports torch, see `export`
         from vmoe.checkpoint import save_checkpoint
 
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if is_taken(output):
             raise typer.BadParameter(f"{output} exists and is not an empty directory: give a new one")
         save_checkpoint(output, checkpoint_of(Bundle.load(bundle)))
         console.print(f"{output} is ready")
