@@ -1,7 +1,8 @@
 """Triton's Python backend runs this file: the graph beside it through ONNX Runtime, for servers without that backend.
 
-The exporter copies it to `1/model.py`, and `packed_weights.py` beside it. Together they stand alone: the server's Python
-needs numpy and onnxruntime, nothing of this project. Tensors, batching and labels are those of the ONNX Runtime backend, and so are the answers.
+The exporter copies it to `1/model.py`, and `packed_weights.py` beside it. Together they stand alone: the server's
+Python needs numpy and onnxruntime, nothing of this project. Tensors, batching and labels are those of the ONNX Runtime
+backend, and so are the answers.
 
 Axes: B images over all requests of a call.
 """

@@ -1,4 +1,4 @@
-"""What the commands of `python -m vmoe` share: progress bars, the choice of a device, old output, errors in one line."""
+"""What the commands of `python -m vmoe` share: progress bars, devices, output that exists already, errors."""
 
 from __future__ import annotations
 

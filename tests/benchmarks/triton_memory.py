@@ -1,7 +1,7 @@
 """Memory of a Triton server's instances: `python -m tests.benchmarks.triton_memory`.
 
-S/32 with random weights behind the Python backend of a real server, with and without `packed_weights`. Every instance is
-a process of its own; the figures are of these, when the warm-up has run every operating point in batches of up to 8.
+S/32 with random weights behind the Python backend of a real server, with and without `packed_weights`. Every instance
+is a process of its own; the figures are of these, when the warm-up has run every operating point in batches of up to 8.
 Instances of the shipped model, whose weights are few, show what they hold beside weights. Writes triton_memory.md.
 """
 
@@ -84,8 +84,9 @@ def main(
                 add(line)
     lines.append(
         "\nMiB of the processes of the instances, when the warm-up has run every operating point in batches of up to 8 "
-        f"(shipped model: 32). {date.today().isoformat()}, `python -m tests.benchmarks.triton_memory` on {machine()}; tritonserver 2.51, "
-        f"Python backend, onnxruntime {version('onnxruntime')}, float32, one thread, random weights.\n"
+        f"(the shipped model's: 32). {date.today().isoformat()}, `python -m tests.benchmarks.triton_memory` "
+        f"on {machine()}; tritonserver 2.51, Python backend, onnxruntime {version('onnxruntime')}, float32, "
+        "one thread, random weights.\n"
     )
     (out / "triton_memory.md").write_text("\n".join(lines))
 

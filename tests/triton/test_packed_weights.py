@@ -53,5 +53,8 @@ def test_two_instances_when_they_share_packed_weights_answer_as_before_and_write
 def test_server_when_packed_weights_cannot_be_written_does_not_start_and_says_where(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     repository = packing(tmp_path / "models", tmp_path / "file")
-    with pytest.raises(TritonServerError, match=f"packed_weights: cannot write {tmp_path / 'file'}"), TritonServer(repository):
+    with (
+        pytest.raises(TritonServerError, match=r"packed_weights: cannot write .*/file: "),
+        TritonServer(repository),
+    ):
         pass
