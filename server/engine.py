@@ -19,6 +19,7 @@ import numpy as np
 
 from server.backends import base
 from server.deadline_queue import Request
+from server.decision import Batch, Refusal, ShedReason
 from server.errors import (
     BackendUnavailable,
     DeadlineExceeded,
@@ -32,7 +33,7 @@ from server.errors import (
 )
 from server.ladder import Rung
 from server.metrics import Metrics
-from server.scheduler import Batch, Refusal, Scheduler, ShedReason
+from server.scheduler import Scheduler
 from server.work import Inference, Work
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from server.backends.base import Outputs
 from server.backends.triton.breaker import BREAKER_STATES, BreakerState
 from server.backends.triton.endpoint import Endpoint
 from server.backends.triton.failure import REASONS, Reason
-from server.scheduler import Batch, Scheduler, ShedReason
+from server.decision import Batch, ShedReason
+from server.scheduler import Scheduler
 from server.work import Inference
 from vmoe.config import MoeConfig
 

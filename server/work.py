@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from server.decision import ServeReason
 from server.ladder import Rung
-from server.scheduler import ServeReason
 
 
 @dataclass(frozen=True, eq=False)
