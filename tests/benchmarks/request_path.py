@@ -57,7 +57,7 @@ LAYERS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "query, endpoint": ("server.short_cut:ShortCut.__call__", "server.routes:interpret"),
     "body": ("server.routes:read_uploads",),
-    "watch for a client that leaves": ("server.routes:_while_connected", "server.routes:_disconnected"),
+    "watch for a client that leaves": ("server.routes:_while_connected"),
     "classify": ("server.gateway:Gateway.classify",),
     "admission": ("server.scheduler:Scheduler.check", "server.scheduler:Scheduler.offer"),
     "decode: hand over": ("server.decode:Decoder.decode",),
@@ -74,7 +74,7 @@ LAYERS: Final[dict[str, tuple[str, ...]]] = {
         f"server.metrics:Metrics.{name}"
         for name in ("request_done", "admitted", "decided", "batch_done", "answered", "stages_done")
     ),
-    "answer": ("server.routes:describe_answer", "server.routes:_json"),
+    "answer": ("server.engine:rank", "server.routes:describe_answer", "server.routes:_json"),
     "send": (
         "starlette.responses:Response.__call__",
         "uvicorn.protocols.http.httptools_impl:RequestResponseCycle.send",
