@@ -56,8 +56,6 @@ class TritonPythonModel:
                 raise pb_utils.TritonModelException("packed_weights is for instances of KIND_CPU, this one is on a GPU")
             path = packed_model(path, args["model_name"], list(hashes.values()), Path(packed))
         self._session = onnxruntime.InferenceSession(path, options, providers=providers)
-        self._run_options = onnxruntime.RunOptions()
-        self._run_options.only_execute_path_to_fetches = True
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answers all requests by one run, as the ONNX Runtime backend does; they fail or succeed together.
@@ -82,7 +80,7 @@ class TritonPythonModel:
             sizes = [len(part) for part in parts]
         wanted = [set(request.requested_output_names()) for request in requests]
         names = [name for name in self._outputs if any(name in some for some in wanted)]
-        results = dict(zip(names, self._session.run(names, feeds, self._run_options), strict=True))
+        results = dict(zip(names, self._session.run(names, feeds), strict=True))
         responses, start = [], 0
         for size, some in zip(sizes, wanted, strict=True):
             rows = slice(start, start + size)

@@ -206,7 +206,7 @@ class Metrics:
         self._capacity_factor.observe(rung.point.capacity_factor)
         self._num_selected_experts.observe(rung.num_selected_experts)
         for kept, share in zip(self._kept, inference.kept, strict=True):
-            kept.observe(float(share))
+            kept.observe(share)
 
     def stages_done(self, inference: Inference, decode_s: float, total_s: float) -> None:
         times = (decode_s, inference.queue_s, inference.inference_s, total_s)

@@ -68,9 +68,6 @@ class OrtBackend:
             path = _packed(bundle, packed_weights)
         self._session = _open(path, session_options(threads, spinning=spinning, alone=alone))
         _check_tensors(self._session, bundle)
-        self._run_options = onnxruntime.RunOptions()
-        # `token_experts` costs nothing in batches that do not ask for it.
-        self._run_options.only_execute_path_to_fetches = True
         self._worker = ThreadPoolExecutor(self.num_workers, thread_name_prefix="onnxruntime")
 
     async def start(self, changed: Callable[[], None]) -> None:
@@ -88,12 +85,12 @@ class OrtBackend:
             "images": images if self._manifest.input == "uint8" else normalize(images, self._manifest.preprocessing)
         }
         if self._manifest.architecture.moe is None:
-            (logits,) = self._session.run(["logits"], feeds, self._run_options)
+            (logits,) = self._session.run(["logits"], feeds)
             rows = len(images)
             return Outputs(logits, np.zeros((rows, 0), np.float32), np.zeros((rows, 0, 0), np.int64), None)
         feeds |= {"slots": batch.slots, "num_selected_experts": batch.num_selected_experts}
         names = ["logits", "kept", "expert_load"] + ["token_experts"] * batch.explain
-        logits, kept, expert_load, *rest = self._session.run(names, feeds, self._run_options)
+        logits, kept, expert_load, *rest = self._session.run(names, feeds)
         return Outputs(logits, kept, expert_load, rest[0] if rest else None)
 
 
