@@ -62,8 +62,8 @@ loadtest-picture: $(VENV)/.full $(CHROMEDRIVER)
 bench-policy: $(VENV)/.full
 	$(BIN)/python -m tests.benchmarks.policies
 
-# The graph against its peers and the machine's matrix product; writes table, verdicts and plot into docs/bench. Under ten
-# minutes on two undisturbed cores.
+# The graph against its peers and the machine's matrix product; writes table, verdicts and plot into docs/bench. A quarter
+# of an hour on two undisturbed cores.
 bench-model: $(VENV)/.full
 	$(BIN)/python -m tests.benchmarks.model_speed
 

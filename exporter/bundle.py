@@ -41,7 +41,7 @@ from vmoe.preprocess import Preprocessing
 SCHEMA_VERSION: Final = 1
 InputType = Literal["uint8", "float32"]
 WeightType = Literal["float32", "float16", "bfloat16"]
-StorageType = WeightType | Literal["int8"]
+StorageType = Literal[WeightType, "int8"]
 Target = Literal["cpu", "cuda"]
 MANIFEST_FILE = "manifest.json"
 LABELS_FILE = "labels.txt"

@@ -182,11 +182,16 @@ class MoeLayers:
         return Slots(self.op("Where", filled, place, self.constant(0)), filled)
 
     def _record(self, slots: Slots, experts: ir.Value) -> None:
-        """Keeps what the outputs need; nodes of outputs that nobody fetches are not run."""
+        """Keeps what the outputs need. All of it runs in every batch: the runtime computes outputs that nobody fetches,
+        too (its option to leave them out is ignored by builds for inference: microsoft/onnxruntime#16013)."""
         count = self.op("Cast", slots.filled, to=ir.DataType.INT64.value)
         self._loads.append(self.op("ReduceSum", count, self.constant([2])))  # (E, G, 1)
         pairs = self._pairs(slots)
-        served = self.op("Gather", self.reshape(experts, -1), self.op("Mod", pairs, self.op("Size", experts)))
+        experts_of_pairs = self.reshape(experts, -1)
+        place = pairs
+        if self.moe.router == "items_per_expert":  # one constant for all groups
+            place = self.op("Mod", pairs, self.op("Size", experts))
+        served = self.op("Gather", experts_of_pairs, place)
         nobody = self.op("Expand", self.constant(-1), self._num_places(self.selected, self.config.tokens_per_image))
         served = self.op("ScatterElements", nobody, pairs, served)
         self._served.append(self.reshape(served, -1, 1, self.config.tokens_per_image, self.choices))

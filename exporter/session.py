@@ -61,12 +61,10 @@ def run(
 
     Arguments:
         images: (B, H, W, channels) in the graph's input type.
-        outputs: names of the outputs to compute; what they do not need is skipped.
+        outputs: names of those to return.
     """
     feeds: dict[str, npt.NDArray[np.generic]] = {"images": images}
     if point is not None:
         feeds["slots"] = np.tile(np.array(point.slots, np.int64), (len(images), 1))
         feeds["num_selected_experts"] = np.full((len(images), 1), point.num_selected_experts, np.int64)
-    options = ort.RunOptions()
-    options.only_execute_path_to_fetches = True
-    return session.run(outputs, feeds, options)  # type: ignore[no-any-return]
+    return session.run(outputs, feeds)  # type: ignore[no-any-return]

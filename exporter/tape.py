@@ -47,12 +47,14 @@ class Tape:
             outputs,
             nodes=tape.nodes,
             initializers=tape.initializers,
-            opset_imports={"": opset},
+            opset_imports={"": opset} | {node.domain: 1 for node in tape.nodes if node.domain},
             name="vmoe",
         )
 
-    def op(self, kind: str, *inputs: ir.Value | None, **attributes: int | float | str | list[int]) -> ir.Value:
-        return self._tape.op(kind, inputs, attributes)
+    def op(
+        self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: int | float | str | list[int]
+    ) -> ir.Value:
+        return self._tape.op(kind, inputs, attributes, domain=domain)
 
     def outputs(
         self, count: int, kind: str, *inputs: ir.Value, **attributes: int | float | str | list[int]

@@ -7,8 +7,10 @@ a server that would understand the graph differently refuses to load it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Literal
 
 from exporter.bundle import LABELS_FILE, MODEL_FILE, WEIGHTS_FILE, Manifest, Point, frontier
@@ -30,10 +32,16 @@ class TritonOptions:
     Attributes:
         backend: `onnxruntime`, or `python` for a server without it: the same graph in `1/model.py`.
         device: of every instance.
-        instances: copies of the model, per GPU where the device is one; each holds its own weights.
+        instances: copies of the model, per GPU where the device is one; each holds its own weights but for
+            `packed_weights`.
         threads: of one inference of one instance on a CPU; 0 is all cores.
         queue_timeout_s: longest that a request may wait in the server, which a request's own timeout lowers; 0 sets no
             queue policy, and then Triton ignores the timeouts of requests.
+        packed_weights: directory of the server's machine in which `exporter.packed_weights` keeps the weights for all
+            instances; absolute, for the backend `python` on a CPU.
+
+    Raises:
+        ValueError: `packed_weights` is relative, or for others.
     """
 
     backend: TritonBackend = "onnxruntime"
@@ -41,6 +49,18 @@ class TritonOptions:
     instances: int = 1
     threads: int = 0
     queue_timeout_s: float = 0.0
+    packed_weights: PurePosixPath | None = None
+
+    def __post_init__(self) -> None:
+        if self.packed_weights is None:
+            return
+        if (self.backend, self.device) != ("python", "cpu"):
+            raise ValueError(
+                f"packed_weights is for the backend python on a cpu, got {self.backend} on a {self.device}: the ONNX "
+                "Runtime backend has no way to share weights"
+            )
+        if not self.packed_weights.is_absolute():
+            raise ValueError(f"packed_weights must be absolute, a directory of the server, got {self.packed_weights}")
 
 
 def triton_config(manifest: Manifest, options: TritonOptions) -> str:
@@ -110,8 +130,11 @@ def _parameters(manifest: Manifest, options: TritonOptions) -> Iterator[str]:
         parameters["weights_sha256"] = manifest.files[WEIGHTS_FILE]
     if options.device == "cpu":
         parameters["intra_op_thread_count"] = str(options.threads)
+    if options.packed_weights is not None:
+        parameters["packed_weights"] = str(options.packed_weights)
     for key, value in parameters.items():
-        yield f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
+        # The quotes and escapes of JSON are those of protobuf's text, which takes other characters as they are.
+        yield f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value, ensure_ascii=False)} }} }}'
 
 
 def _warmup(manifest: Manifest) -> Iterator[str]:

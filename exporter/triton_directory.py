@@ -1,4 +1,4 @@
-"""Writes what Triton needs beside the graph: config.pbtxt, warm-up inputs, the Python backend's file. Torch-free."""
+"""Writes what Triton needs beside the graph: config.pbtxt, warm-up inputs, the Python backend's files. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from exporter.triton_config import WARMUP_DIRECTORY, TritonOptions, triton_confi
 from vmoe.atomic_directory import replaced_directory
 
 CONFIG_FILE = "config.pbtxt"
-PYTHON_MODEL_FILE = "1/model.py"
-# Not imported: it needs modules that only Triton's Python has.
-_PYTHON_MODEL = Path(__file__).with_name("triton_model.py")
+# Of the Python backend, by the name of the module here. Not imported: the first needs modules that only Triton has.
+_PYTHON_FILES = {"triton_model.py": "1/model.py", "packed_weights.py": "1/packed_weights.py"}
 
 
 def write_triton_files(directory: Path, manifest: Manifest, options: TritonOptions) -> None:
@@ -32,10 +31,11 @@ def write_triton_files(directory: Path, manifest: Manifest, options: TritonOptio
         warmup.mkdir()
     for name, values in files.items():
         (warmup / name).write_bytes(np.array(values, "<i8").tobytes())
-    if options.backend == "python":
-        shutil.copyfile(_PYTHON_MODEL, directory / PYTHON_MODEL_FILE)
-    else:
-        (directory / PYTHON_MODEL_FILE).unlink(missing_ok=True)
+    for module, name in _PYTHON_FILES.items():
+        if options.backend == "python":
+            shutil.copyfile(Path(__file__).with_name(module), directory / name)
+        else:
+            (directory / name).unlink(missing_ok=True)
     (directory / CONFIG_FILE).write_text(triton_config(manifest, options))
 
 

@@ -1,7 +1,8 @@
 """Triton's Python backend runs this file: the graph beside it through ONNX Runtime, for servers without that backend.
 
-The exporter copies it to `1/model.py`. It stands alone: the server's Python needs numpy and onnxruntime, nothing of
-this project. Tensors, batching and labels are those of the ONNX Runtime backend, and so are the answers.
+The exporter copies it to `1/model.py`, and `packed_weights.py` beside it. Together they stand alone: the server's
+Python needs numpy and onnxruntime, nothing of this project. Tensors, batching and labels are those of the ONNX Runtime
+backend, and so are the answers.
 
 Axes: B images over all requests of a call.
 """
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
+from packed_weights import packed_model  # the backend looks in the version directory, too
 
 # File of the model's version directory by the parameter of config.pbtxt that has its SHA-256.
 FILES = {"model_sha256": "model.onnx", "weights_sha256": "model.onnx.data"}
@@ -31,23 +33,29 @@ class TritonPythonModel:
     """An instance of the model; Triton calls its methods from one thread."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Loads the graph on the device of this instance; refuses files that config.pbtxt was not written for."""
+        """Loads the graph on the device of this instance; refuses files that config.pbtxt was not written for.
+
+        With the parameter `packed_weights`, a directory, instances on the CPU map the weights from there.
+        """
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         directory = Path(args["model_repository"]) / args["model_version"]
-        for key, name in FILES.items():
-            if key in parameters:
-                _check_digest(directory / name, parameters[key])
+        hashes = {name: parameters[key] for key, name in FILES.items() if key in parameters}
+        for name, expected in hashes.items():
+            _check_digest(directory / name, expected)
         self._inputs = [tensor["name"] for tensor in config["input"]]
         self._outputs = [tensor["name"] for tensor in config["output"]]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = int(parameters.get("intra_op_thread_count", 0))
         providers: list[Any] = ["CPUExecutionProvider"]
+        path = directory / "model.onnx"
         if args["model_instance_kind"] == "GPU":
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": args["model_instance_device_id"]}))
-        self._session = onnxruntime.InferenceSession(directory / "model.onnx", options, providers=providers)
-        self._run_options = onnxruntime.RunOptions()
-        self._run_options.only_execute_path_to_fetches = True
+        if packed := parameters.get("packed_weights"):
+            if len(providers) > 1:
+                raise pb_utils.TritonModelException("packed_weights is for instances of KIND_CPU, this one is on a GPU")
+            path = packed_model(path, args["model_name"], list(hashes.values()), Path(packed))
+        self._session = onnxruntime.InferenceSession(path, options, providers=providers)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answers all requests by one run, as the ONNX Runtime backend does; they fail or succeed together.
@@ -72,7 +80,7 @@ class TritonPythonModel:
             sizes = [len(part) for part in parts]
         wanted = [set(request.requested_output_names()) for request in requests]
         names = [name for name in self._outputs if any(name in some for some in wanted)]
-        results = dict(zip(names, self._session.run(names, feeds, self._run_options), strict=True))
+        results = dict(zip(names, self._session.run(names, feeds), strict=True))
         responses, start = [], 0
         for size, some in zip(sizes, wanted, strict=True):
             rows = slice(start, start + size)

@@ -21,7 +21,7 @@ from yarl import URL
 from loadtest.errors import TargetError
 from loadtest.outcomes import SERVE_REASONS
 from loadtest.trace import Trace
-from server.scheduler import ServeReason, ShedReason
+from server.decision import ServeReason, ShedReason
 from server.schemas import Models, PolicyBody
 
 # Below uvicorn's 5 s after which it closes an idle connection: a request sent at that moment would fail.

@@ -9,7 +9,7 @@ from typing import Final, get_args
 import numpy as np
 import numpy.typing as npt
 
-from server.scheduler import ServeReason, ShedReason
+from server.decision import ServeReason, ShedReason
 
 SERVE_REASONS: Final[tuple[ServeReason, ...]] = get_args(ServeReason)
 SHED_REASONS: Final[tuple[ShedReason, ...]] = get_args(ShedReason)

@@ -31,9 +31,10 @@ from loadtest.surroundings import SurroundedRun, Surroundings
 from loadtest.trace import Trace
 from server.budgets import Budget
 from server.deadline_queue import Request
+from server.decision import Batch
 from server.latency import LatencyModel
 from server.policy_file import ActivePolicy
-from server.scheduler import Batch, Scheduler
+from server.scheduler import Scheduler
 
 _CHUNK = 1 << 14  # requests between two reports of progress, and normals drawn at once
 

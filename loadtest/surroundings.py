@@ -31,7 +31,8 @@ from loadtest.outcomes import REASON_CODES, SHED_CODES, Outcome, Outcomes
 from loadtest.trace import Trace
 from server.budgets import Budget
 from server.deadline_queue import Request
-from server.scheduler import Batch, Scheduler, ShedReason
+from server.decision import Batch, ShedReason
+from server.scheduler import Scheduler
 
 
 @dataclass(frozen=True)

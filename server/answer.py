@@ -26,11 +26,11 @@ from server.schemas import (
     ModelPoint,
     OperatingPointBody,
     PolicyBody,
-    Prediction,
     QueueState,
     Result,
     Times,
 )
+from server.work import Inference
 from vmoe.config import ModelConfig
 
 
@@ -49,14 +49,14 @@ def _result_fields(served: Served, manifest: Manifest, ask: Ask) -> dict[str, An
     """Of `Result`. Both bodies are built of them at once: pydantic checks what it is given, each time."""
     inference = served.inference
     return {
-        "predictions": _predictions(inference.logits, manifest.labels, ask.top),
+        "predictions": _predictions(inference, manifest.labels, ask.top),
         "operating_point": _operating_point(inference.rung),
         "budget": ask.budget.name,
         "degraded": inference.degraded,
         "reason": inference.reason,
         "deadline_ms": _milliseconds(ask.deadline_s),
         "deadline_met": inference.deadline_met,
-        "kept": [round(share, 6) for share in inference.kept.tolist()],
+        "kept": [round(share, 6) for share in inference.kept],
         "times": Times(
             decode_ms=_milliseconds(served.decode_s),
             queue_ms=_milliseconds(inference.queue_s),
@@ -160,13 +160,10 @@ def _budget_point(rung: Rung) -> BudgetPoint | None:
     )
 
 
-def _predictions(logits: npt.NDArray[np.float32], labels: tuple[str, ...], top: int) -> list[Prediction]:
-    wide = logits.astype(np.float64)
-    weights = np.exp(wide - wide.max())
-    probabilities = weights / weights.sum()
-    best = np.argsort(-probabilities, kind="stable")[:top]
-    found = zip(best.tolist(), probabilities[best].tolist(), strict=True)
-    return [Prediction(index=index, label=labels[index], probability=probability) for index, probability in found]
+def _predictions(inference: Inference, labels: tuple[str, ...], top: int) -> list[dict[str, Any]]:
+    """Of `Prediction`, which pydantic makes of them faster than we could."""
+    found = zip(inference.classes[:top].tolist(), inference.probabilities[:top].tolist(), strict=True)
+    return [{"index": index, "label": labels[index], "probability": probability} for index, probability in found]
 
 
 def _operating_point(rung: Rung) -> OperatingPointBody | None:

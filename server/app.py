@@ -19,6 +19,7 @@ from server.admin import build_admin_router
 from server.backends.base import Backend, BackendError
 from server.backends.choice import create_backend
 from server.combine import combine
+from server.connection import Connection
 from server.error_handlers import install_error_handlers
 from server.gateway import Gateway
 from server.graceful_server import GracefulServer
@@ -88,6 +89,7 @@ def create_server(
         host=settings.host,
         port=settings.port,
         loop="server.event_loop:EventLoop",
+        http=Connection,
         log_config=None,
         access_log=False,  # counting is the metrics' job
         proxy_headers=False,  # nothing depends on who is behind a proxy

@@ -19,6 +19,7 @@ import numpy as np
 
 from server.backends import base
 from server.deadline_queue import Request
+from server.decision import Batch, Refusal, ShedReason
 from server.errors import (
     BackendUnavailable,
     DeadlineExceeded,
@@ -32,7 +33,8 @@ from server.errors import (
 )
 from server.ladder import Rung
 from server.metrics import Metrics
-from server.scheduler import Batch, Refusal, Scheduler, ShedReason
+from server.ranking import Ranking, rank
+from server.scheduler import Scheduler
 from server.work import Inference, Work
 
 logger = logging.getLogger(__name__)
@@ -216,8 +218,9 @@ class Engine:
             self._scheduler.on_batch_done(batch, done_s)
             self._decide()
             self._metrics.batch_done(batch, outputs, done_s - batch.started_s)
+            ranking, kept = rank(outputs.logits), outputs.kept.tolist()
             for row, rung in enumerate(rungs):
-                self._answer(batch, rung, outputs, row, done_s)
+                self._answer(batch, rung, outputs, ranking, kept[row], row, done_s)
         except GatewayError as error:  # the backend knows why and has logged it
             self._fail(batch.requests, type(error), str(error))
         except Exception:  # other batches must survive whatever a runtime throws
@@ -248,18 +251,27 @@ class Engine:
                 self._fail([request], DeadlineExceeded, f"the model did not answer within {allowed_ms:g} ms")
         self._set_alarm(batch)
 
-    def _answer(self, batch: Batch, rung: Rung, outputs: base.Outputs, row: int, done_s: float) -> None:
+    def _answer(
+        self,
+        batch: Batch,
+        rung: Rung,
+        outputs: base.Outputs,
+        ranking: Ranking,
+        kept: Sequence[float],
+        row: int,
+        done_s: float,
+    ) -> None:
         request = batch.requests[row]
         job: _Job = request.payload
         if job.reply.done():  # the client went away while the batch ran, or was told that it takes too long
             return
-        if not np.isfinite(outputs.logits[row]).all():
+        if not ranking.is_finite[row]:
             self._fail([request], InferenceFailed, "the model's answer for this image is not finite")
             return
         inference = Inference(
-            logits=outputs.logits[row],
-            kept=outputs.kept[row],
-            expert_load=outputs.expert_load[row],
+            classes=ranking.classes[row],
+            probabilities=ranking.probabilities[row],
+            kept=kept,
             token_experts=outputs.token_experts[row]
             if job.work.explain and outputs.token_experts is not None
             else None,

@@ -12,6 +12,28 @@ from server.latency import LatencyModel
 EPSILON_S: Final = 1e-9  # sums of floats in another order
 
 
+def plan_excess_s(
+    queue: DeadlineQueue, latency: LatencyModel, free_s: Sequence[float], start: int, limit_s: float, most: int
+) -> float:
+    """By how much the floor plan misses a deadline of the queue from position `start`; 0 when it meets all.
+
+    Tries the plan size that suits the active classes, then the largest: a strict class that has just become active
+    must not make late what was promised before.
+
+    Arguments:
+        free_s: when each worker becomes free.
+        limit_s: of a batch that suits the active classes.
+        most: images in a batch.
+    """
+    if start >= len(queue):
+        return 0.0
+    suitable = largest_within(latency, queue.heaviest_floor, limit_s, most)
+    excess_s = delay_s(queue, latency, free_s, start, suitable)
+    if excess_s and suitable != most:
+        excess_s = delay_s(queue, latency, free_s, start, most)
+    return excess_s
+
+
 def delay_s(queue: DeadlineQueue, latency: LatencyModel, free_s: Sequence[float], start: int, size: int) -> float:
     """By how much the first request that misses its deadline would be late; 0 when the plan meets all.
 

@@ -21,7 +21,8 @@ from server.backends.base import Outputs
 from server.backends.triton.breaker import BREAKER_STATES, BreakerState
 from server.backends.triton.endpoint import Endpoint
 from server.backends.triton.failure import REASONS, Reason
-from server.scheduler import Batch, Scheduler, ShedReason
+from server.decision import Batch, ShedReason
+from server.scheduler import Scheduler
 from server.work import Inference
 from server.workers.registry import SharedRegistry
 from vmoe.config import MoeConfig
@@ -217,7 +218,7 @@ class Metrics:
         self._capacity_factor.observe(rung.point.capacity_factor)
         self._num_selected_experts.observe(rung.num_selected_experts)
         for kept, share in zip(self._kept, inference.kept, strict=True):
-            kept.observe(float(share))
+            kept.observe(share)
 
     def stages_done(self, inference: Inference, decode_s: float, total_s: float) -> None:
         times = (decode_s, inference.queue_s, inference.inference_s, total_s)

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from server import errors
 from server.answer import describe_answer, describe_model, describe_policy, describe_result, server_timing
+from server.connection import when_client_leaves
 from server.decode import MEDIA_TYPES
 from server.gateway import Gateway
 from server.problems import describe_error, problem_responses
@@ -166,20 +167,18 @@ def _json(body: BaseModel, results: Sequence[Result]) -> Response:
 async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
     """Runs `work`, and cancels it when the client goes away, so that nobody computes for a closed connection.
 
-    The body must have been read: after it the server has nothing to say but that the client disconnected.
+    The body must have been read.
     """
     mine = asyncio.current_task()
     assert mine is not None, "a coroutine runs in a task"
-    working, left = True, False
+    left = False
 
-    def leave(gone: asyncio.Task[None]) -> None:
+    def leave() -> None:
         nonlocal left
-        if working and not gone.cancelled():
-            left = True
-            mine.cancel()
+        left = True
+        mine.cancel()
 
-    gone = asyncio.create_task(_disconnected(request))
-    gone.add_done_callback(leave)
+    when_client_leaves(request.scope, leave)
     try:
         return await work
     except asyncio.CancelledError:
@@ -187,10 +186,4 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _
             raise errors.ClientGone("the client closed the connection before the answer") from None
         raise
     finally:
-        working = False
-        gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        when_client_leaves(request.scope, None)

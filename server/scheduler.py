@@ -23,24 +23,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
 
-from server.arrival_rate import ArrivalRate
 from server.deadline_queue import DeadlineQueue, Request
-from server.floor_plan import EPSILON_S, delay_s, largest_within
+from server.decision import Batch, Refusal, ServeReason
+from server.floor_plan import EPSILON_S, plan_excess_s
 from server.ladder import Ladder
 from server.latency import LatencyModel
-from server.policies.base import Forecast, Kind, Policy, View
+from server.offered_load import LONG_HORIZON, OfferedLoad
+from server.policies.base import Policy, View
 from server.shares import Shares
-
-ShedReason = Literal["deadline", "share", "queue_full", "queue_bytes", "backend"]
-ServeReason = Literal["ceiling", "slack", "load", "pinned", "fallback"]
-
-# The rate of a burst is measured over this share of a horizon. A whole one notices bursts too late, an eighth is noise
-# (simulated with `make bench-policy`'s traces on other seeds).
-BURST_WINDOW: Final = 0.25
-# A load that lasts is told from a burst over this many horizons. Chosen, not tuned.
-LONG_HORIZON: Final = 10
 
 
 @dataclass(frozen=True)
@@ -55,41 +46,6 @@ class Limits:
     workers: int = 1
     max_requests: int = 1024
     max_bytes: int = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A request that is not admitted.
-
-    Attributes:
-        reason: a label of the metrics.
-        retry_after_s: when the backlog will have room, should nobody else come.
-        detail: for people.
-    """
-
-    reason: ShedReason
-    retry_after_s: float
-    detail: str
-
-
-@dataclass(eq=False, slots=True)
-class Batch:
-    """Requests that run together.
-
-    Attributes:
-        requests: in order of deadlines.
-        rungs: where each is served.
-        reasons: why there and not better.
-        started_s: when.
-        median_s, high_s: predicted latency, median and q-quantile.
-    """
-
-    requests: list[Request]
-    rungs: list[int]
-    reasons: list[ServeReason]
-    started_s: float
-    median_s: float
-    high_s: float
 
 
 class Scheduler:
@@ -119,10 +75,9 @@ class Scheduler:
         self.queue = DeadlineQueue()
         self.running: list[Batch] = []
         self._shares = Shares(LONG_HORIZON * horizon_s)
-        self._measure_arrivals(horizon_s)
+        self._load = OfferedLoad(horizon_s)
         self._kept: tuple[float, list[int]] | None = None  # found to keep the promise: spares the second look
         self._late: list[Request] = []  # kept for `clear` should a policy fail
-        self._excess_s = 0.0  # by how much the plan that was refused last would have been late
 
     # -- what the caller sees of the state
 
@@ -136,7 +91,7 @@ class Scheduler:
 
     def arrival_rate_hz(self, now: float) -> float:
         """Requests per second offered lately, shed ones included."""
-        return self._rates.rate_hz(now)
+        return self._load.rate_hz(now)
 
     def oldest_age_s(self, now: float) -> float:
         """How long the longest-waiting request has waited; 0 when nobody waits. O(n): for scrapes only."""
@@ -148,9 +103,9 @@ class Scheduler:
         Another horizon starts to measure arrivals anew.
         """
         self.policy = policy
-        if horizon_s is not None and horizon_s != self._horizon_s:
+        if horizon_s is not None and horizon_s != self._load.horizon_s:
             self._shares.measure_over(LONG_HORIZON * horizon_s)
-            self._measure_arrivals(horizon_s)
+            self._load = OfferedLoad(horizon_s)
 
     # -- transitions
 
@@ -218,7 +173,7 @@ class Scheduler:
         if end_s > self.queue.deadlines[0] + EPSILON_S or (len(rungs) > 1 and high_s > self.batch_limit_s(now)):
             return False
         free_s = [*self._busy_until_s(now), end_s, *[now] * (self.free_workers - 1)]
-        if not self._plan_holds(free_s, len(rungs), now):
+        if self._plan_excess_s(free_s, len(rungs), now):
             return False
         self._kept = (now, list(rungs))
         return True
@@ -249,35 +204,22 @@ class Scheduler:
         if (excess_s := self._shares.excess_s(request, now, self.workers, self._cost_s)) > 0:
             return Refusal("share", excess_s, f"budget {request.budget.name!r} has used up its share of the queue")
         position = queue.insert(request)
-        if self._plan_holds(self._free_s(now), 0, now):
+        if not (excess_s := self._plan_excess_s(self._free_s(now), 0, now)):
             return position
         queue.take(position, position + 1)
-        left_ms, excess_ms = 1000 * (request.deadline_s - now), 1000 * self._excess_s
+        left_ms, excess_ms = 1000 * (request.deadline_s - now), 1000 * excess_s
         return Refusal(
             "deadline",
-            self._excess_s,
+            excess_s,
             f"{len(queue)} requests wait: {left_ms:.0f} ms are left, {excess_ms:.0f} ms more are needed even at the "
             "cheapest operating point allowed",
         )
 
-    def _plan_holds(self, free_s: list[float], start: int, now: float) -> bool:
-        """Does the floor plan of the queue from position `start` meet every deadline?
-
-        Tries the plan size that suits the active classes, then the largest: a strict class that has just become active
-        must not make late what was promised before.
-
-        Arguments:
-            free_s: when each worker becomes free.
-        """
-        if start >= len(self.queue):
-            return True
-        queue, latency, most = self.queue, self.latency, self.limits.max_batch_size
-        suitable = largest_within(latency, queue.heaviest_floor, self.batch_limit_s(now), most)
-        for size in dict.fromkeys((suitable, most)):
-            self._excess_s = delay_s(queue, latency, free_s, start, size)
-            if not self._excess_s:
-                return True
-        return False
+    def _plan_excess_s(self, free_s: list[float], start: int, now: float) -> float:
+        """See `plan_excess_s`, of the queue from position `start`."""
+        return plan_excess_s(
+            self.queue, self.latency, free_s, start, self.batch_limit_s(now), self.limits.max_batch_size
+        )
 
     def _cost_s(self, rung: int) -> float:
         """One image's share of a full batch."""
@@ -305,8 +247,8 @@ class Scheduler:
             deadlines=queue.deadlines,
             kinds=queue.kinds,
             waiting=queue.waiting,
-            arrival_rates_hz=self._rates.by_kind(now),
-            forecasts=self._forecasts(now),
+            arrival_rates_hz=self._load.by_kind(now),
+            forecasts=self._load.forecasts(now),
             busy_until_s=self._busy_until_s(now),
             workers=self.workers,
             batch_limit_s=self.batch_limit_s(now),
@@ -315,17 +257,6 @@ class Scheduler:
             latency=self.latency,
             keeps_promise=self.keeps_promise,
         )
-
-    def _forecasts(self, now: float) -> list[Forecast]:
-        """A burst and a load that lasts; how bursty arrivals are is measured over the short bins, which are many."""
-        dispersion = self._burst.dispersion
-        short_s, long_s = self._horizon_s, LONG_HORIZON * self._horizon_s
-        burst = max(
-            self._burst.forecast(now, short_s, dispersion),
-            self._rates.forecast(now, short_s, dispersion),  # a lull between two bursts is no promise
-            key=lambda forecast: forecast.mean,
-        )
-        return [burst, self._rates.forecast(now, long_s, dispersion)]
 
     def _start(self, rungs: list[int], now: float) -> Batch:
         requests = self.queue.take(0, len(rungs))
@@ -381,15 +312,7 @@ class Scheduler:
         surplus = max(len(busy_s) - self.workers, 0)
         return sorted(busy_s)[surplus:] + [now] * self.free_workers
 
-    # -- counting
-
-    def _measure_arrivals(self, horizon_s: float) -> None:
-        self._horizon_s = horizon_s
-        self._burst: ArrivalRate[None] = ArrivalRate(BURST_WINDOW * horizon_s)
-        self._rates: ArrivalRate[Kind] = ArrivalRate(LONG_HORIZON * horizon_s)
-
     def _count_arrival(self, request: Request, now: float) -> None:
-        self._burst.arrived(None, now)
-        self._rates.arrived(request.kind, now)
+        self._load.arrived(request.kind, now)
         self._shares.arrived(request, now)
         self.policy.arrived(now)

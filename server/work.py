@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from server.decision import ServeReason
 from server.ladder import Rung
-from server.scheduler import ServeReason
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +29,12 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class Inference:
-    """What the model says about one image. C classes, L MoE layers, E experts, S tokens, K choices.
+    """What the model says about one image. C classes, L MoE layers, S tokens, K choices.
 
     Attributes:
-        logits: (C,) float32.
-        kept: (L,) float32, share of the K * S assignments that were processed.
-        expert_load: (L, E) int64, tokens processed by each expert.
+        classes: (C,) int64, the most probable first.
+        probabilities: (C,) float64, in that order.
+        kept: (L,), share of the K * S assignments that were processed.
         token_experts: (L, S, K) int64, expert that processed the token as its k-th choice, or -1; None if not asked.
         rung: where it was processed.
         reason: why there and not better.
@@ -42,9 +43,9 @@ class Inference:
         queue_s, inference_s: time in the queue, and of the batch in the backend.
     """
 
-    logits: npt.NDArray[np.float32]
-    kept: npt.NDArray[np.float32]
-    expert_load: npt.NDArray[np.int64]
+    classes: npt.NDArray[np.int64]
+    probabilities: npt.NDArray[np.float64]
+    kept: Sequence[float]
     token_experts: npt.NDArray[np.int64] | None
     rung: Rung
     reason: ServeReason

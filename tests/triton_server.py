@@ -39,6 +39,7 @@ from typing import Self
 from exporter.bundle import Bundle
 from exporter.triton_config import TritonOptions
 from exporter.triton_directory import write_model_directory
+from tests.benchmarks.process_tree import members
 
 # Below Linux's ephemeral ports (32768 and up). A client that keeps connecting to an ephemeral port while the server is
 # down may be given that very port for its own end; it then talks to itself, and the restarted server cannot bind.
@@ -119,6 +120,16 @@ class TritonServer:
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def stubs(self) -> list[int]:
+        """Process ids of the Python backend's processes, one for each instance."""
+        assert self._process is not None, "not started"
+        return [
+            pid
+            for pid in members(self._process.pid)
+            if Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].endswith(b"triton_python_backend_stub")
+        ]
 
     def __enter__(self) -> Self:
         try:

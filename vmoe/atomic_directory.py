@@ -9,6 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def is_taken(directory: Path) -> bool:
+    """Whether something stands there that `replaced_directory` would remove."""
+    return directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+
+
 @contextmanager
 def replaced_directory(directory: Path) -> Iterator[Path]:
     """Yields a temporary sibling that takes the place of `directory` on success and vanishes on failure."""

@@ -19,7 +19,7 @@ from vmoe.data import FASHION_MNIST_DIRECTORY, DataError, LabelledImages, load_i
 from vmoe.fewshot import FewShotResult, calibrated, few_shot, with_head
 from vmoe.figure import Panel, save_panels
 from vmoe.operating_point import parse_point
-from vmoe.terminal import choose_device, clear_errors, console, count_progress
+from vmoe.terminal import OverwriteOption, check_output, choose_device, clear_errors, console, count_progress
 
 SHOTS = (1, 5, 10, 25)  # the paper's
 HELD_OUT = "held-out"
@@ -42,6 +42,7 @@ def fewshot(
     save: Annotated[
         Path | None, typer.Option(help="Write the first seed's head for the most shots and its backbone here.")
     ] = None,
+    overwrite: OverwriteOption = False,
     device: str = "auto",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot here (PNG or SVG).")] = None,
@@ -50,6 +51,8 @@ def fewshot(
     with clear_errors():
         if save is not None and len(checkpoint) > 1:
             raise typer.BadParameter(f"--save takes one checkpoint, got {len(checkpoint)}")
+        if save is not None:
+            check_output(save, overwrite=overwrite)
         known = {label for path in checkpoint for label in load_checkpoint(path).labels}
         shots = sorted(set(shots))
         runs: dict[str, tuple[FewShotResult, ...]] = {}

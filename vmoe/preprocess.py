@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 Fit = Literal["stretch", "center_crop"]
 
@@ -104,12 +104,15 @@ def fit(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint
         OSError: the file behind the image is damaged (Pillow reads pixels lazily and has other errors for this, too).
     """
     height, width = preprocessing.image_size
-    image = _flatten(ImageOps.exif_transpose(image)).convert("L" if preprocessing.channels == 1 else "RGB")
+    image = _flatten(_upright(image))
+    mode = "L" if preprocessing.channels == 1 else "RGB"
+    if image.mode != mode:  # Pillow would copy
+        image = image.convert(mode)
     if image.size != (width, height):
         box = None if preprocessing.fit == "stretch" else _crop_box(image.size, preprocessing)
         # One resampling from the source box: cutting first or after gives the same pixels up to rounding, at less work.
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(image, dtype=np.uint8).reshape(height, width, preprocessing.channels)
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(height, width, preprocessing.channels)
 
 
 def normalize(images: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
@@ -122,6 +125,14 @@ def scale_and_offset(preprocessing: Preprocessing) -> tuple[npt.NDArray[np.float
     """Per-channel factors (channels,) of `normalize`, computed in double precision."""
     mean, std = np.asarray(preprocessing.mean), np.asarray(preprocessing.std)
     return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As its EXIF orientation says. The image itself where there is nothing to turn: Pillow would copy it."""
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
 
 
 def _flatten(image: Image.Image) -> Image.Image:

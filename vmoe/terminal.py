@@ -1,16 +1,23 @@
-"""What the commands of `python -m vmoe` share: progress bars, the choice of a device, errors in one line."""
+"""What the commands of `python -m vmoe` share: progress bars, devices, output that exists already, errors."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vmoe.atomic_directory import is_taken
+from vmoe.errors import CheckpointError
+
 console = Console()
+
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that stands there.")]
 
 
 def count_progress(*, disable: bool = False) -> Progress:
@@ -40,6 +47,20 @@ def choose_device(name: str) -> str:
     if name not in ("auto", "cpu") and not (name.startswith("cuda") and torch.cuda.is_available()):
         raise typer.BadParameter(f"device must be auto, cpu, or cuda on a machine with a GPU, got {name!r}")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def check_output(directory: Path, *, overwrite: bool) -> None:
+    """Before any work is done for a checkpoint in `directory`.
+
+    Raises:
+        CheckpointError: it would replace something, and that is no checkpoint or may not be replaced.
+    """
+    if not is_taken(directory):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{directory} exists: --overwrite replaces it, another directory leaves it alone")
+    if not (directory / "model.safetensors").is_file():
+        raise CheckpointError(f"--overwrite replaces checkpoints, and {directory} is none: give another directory")
 
 
 @contextlib.contextmanager

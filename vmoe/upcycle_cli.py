@@ -11,7 +11,7 @@ from vmoe.architecture import Hints, parse_image_size
 from vmoe.checkpoint import save_checkpoint
 from vmoe.config import MoeConfig
 from vmoe.sources import load_source
-from vmoe.terminal import clear_errors, console
+from vmoe.terminal import OverwriteOption, check_output, clear_errors, console
 from vmoe.train_cli import MeanOption, StdOption, with_statistics
 from vmoe.upcycle import ROUTER_STD, parse_layers
 from vmoe.upcycle import upcycle as make_sparse
@@ -36,9 +36,11 @@ def upcycle(
     image_size: Annotated[str | None, typer.Option(help="H or HxW, where it is not the model's own.")] = None,
     mean: MeanOption = None,
     std: StdOption = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Makes a V-MoE of a trained dense ViT: every expert is a copy of the MLP that it replaces."""
     with clear_errors():
+        check_output(output, overwrite=overwrite)
         hints = Hints(image_size=None if image_size is None else parse_image_size(image_size))
         dense = with_statistics(load_source(checkpoint, hints, config_path=config), mean, std)
         moe = MoeConfig(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,10 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from exporter.bundle import Bundle, BundleError
+from exporter.packed_weights import packed_model
 from exporter.session import session_options
 from exporter.tensors import TensorType, graph_inputs, graph_outputs
-from server.backends import packed
 from server.backends.base import BackendError, Batch, Outputs
-from server.backends.packed import packed_model
 from vmoe.preprocess import normalize
 
 # In order of preference; the CUDA one exists only where onnxruntime-gpu is installed.
@@ -41,7 +39,7 @@ class OrtBackend:
     Arguments:
         bundle: its files were verified against the manifest.
         threads: of one inference; 0 lets ONNX Runtime choose.
-        packed_weights: directory of `packed`; None packs in memory.
+        packed_weights: directory of `exporter.packed_weights`; None packs in memory.
         spinning, alone: see `exporter.session.session_options`.
 
     Raises:
@@ -67,12 +65,9 @@ class OrtBackend:
         if packed_weights is not None:
             if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
                 raise BackendError("packed_weights is for processors; leave it out where onnxruntime-gpu is installed")
-            path = packed_model(self._manifest, packed_weights, partial(_pack, path))
+            path = _packed(bundle, packed_weights)
         self._session = _open(path, session_options(threads, spinning=spinning, alone=alone))
         _check_tensors(self._session, bundle)
-        self._run_options = onnxruntime.RunOptions()
-        # `token_experts` costs nothing in batches that do not ask for it.
-        self._run_options.only_execute_path_to_fetches = True
         self._worker = ThreadPoolExecutor(self.num_workers, thread_name_prefix="onnxruntime")
 
     async def start(self, changed: Callable[[], None]) -> None:
@@ -90,12 +85,12 @@ class OrtBackend:
             "images": images if self._manifest.input == "uint8" else normalize(images, self._manifest.preprocessing)
         }
         if self._manifest.architecture.moe is None:
-            (logits,) = self._session.run(["logits"], feeds, self._run_options)
+            (logits,) = self._session.run(["logits"], feeds)
             rows = len(images)
             return Outputs(logits, np.zeros((rows, 0), np.float32), np.zeros((rows, 0, 0), np.int64), None)
         feeds |= {"slots": batch.slots, "num_selected_experts": batch.num_selected_experts}
         names = ["logits", "kept", "expert_load"] + ["token_experts"] * batch.explain
-        logits, kept, expert_load, *rest = self._session.run(names, feeds, self._run_options)
+        logits, kept, expert_load, *rest = self._session.run(names, feeds)
         return Outputs(logits, kept, expert_load, rest[0] if rest else None)
 
 
@@ -108,14 +103,14 @@ def _open(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.Infere
         raise BundleError(f"ONNX Runtime cannot load {path}: {error}") from error
 
 
-def _pack(path: Path, folder: Path) -> None:
-    """Loads the graph at `path`, and writes it as it was optimised, with packed weights, into `folder`."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; it warns that the files are for this hardware
-    options.optimized_model_filepath = str(folder / packed.MODEL)
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", packed.WEIGHTS)
-    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
-    _open(path, options)
+def _packed(bundle: Bundle, directory: Path) -> Path:
+    hashes = [digest for _, digest in sorted(bundle.manifest.files.items())]
+    try:
+        return packed_model(bundle.model_path, bundle.manifest.name, hashes, directory)
+    except OSError as error:
+        raise BackendError(str(error)) from error
+    except _LOAD_ERRORS as error:
+        raise BundleError(f"ONNX Runtime cannot load {bundle.model_path}: {error}") from error
 
 
 def _check_tensors(session: onnxruntime.InferenceSession, bundle: Bundle) -> None:

@@ -12,7 +12,6 @@ import os
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -38,6 +37,7 @@ from exporter.quantise import quantised_products
 from exporter.recover import recover
 from exporter.session import open_session, run
 from exporter.tape import Tape
+from tests.benchmarks.interleaved import times_s
 from vmoe.checkpoint import Checkpoint
 from vmoe.config import VARIANTS
 from vmoe.data import FASHION_MNIST_DIRECTORY, load_images
@@ -49,7 +49,6 @@ SHIPPED = Path("model_repository/vmoe-fashion-mnist")
 INT8 = Path("model_repository/vmoe-fashion-mnist-int8")
 OUT = Path("docs/bench")
 BATCHES = (1, 8)
-WARM_UP, SHORTEST_S = 2, 0.02  # runs; a timed sample repeats a run that is shorter
 CALIBRATION_IMAGES = 8  # speed does not depend on them; a batch of them is timed
 PRODUCT = (400, 384, 1536)  # rows, in, out: the first one of an MLP of S/32 at batch 8
 
@@ -105,7 +104,7 @@ def sessions_of(
     paths = folder / "float32.onnx", folder / "int8.onnx"
     for path, products in zip(paths, (None, coarse), strict=True):
         ir.save(build(products), path, external_data=f"{path.stem}.data")
-    return open_session(paths[0], threads), open_session(paths[1], threads)
+    return open_session(paths[0], threads, alone=False), open_session(paths[1], threads, alone=False)
 
 
 def product(products: Products, path: Path, threads: int) -> ort.InferenceSession:
@@ -118,7 +117,7 @@ def product(products: Products, path: Path, threads: int) -> ort.InferenceSessio
     y = tape.affine(x, "x", ("weight", weight), ("bias", np.zeros(columns, np.float32)))
     y.name, y.type, y.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape([rows, columns])
     ir.save(ir.Model(tape.graph([x], [y], 20), ir_version=10), path)
-    return open_session(path, threads)
+    return open_session(path, threads, alone=False)
 
 
 Entry = tuple[str, str, Run, Run]  # model, case, float32, int8
@@ -152,33 +151,14 @@ def _answers(session: ort.InferenceSession, images: npt.NDArray[np.uint8], point
     return lambda: run(session, images, point, ["logits"])
 
 
-def sample_s(one: Run) -> float:
-    """Seconds of one run, from as many as fill `SHORTEST_S`."""
-    count, start_s = 0, time.perf_counter()
-    while count == 0 or time.perf_counter() - start_s < SHORTEST_S:
-        one()
-        count += 1
-    return (time.perf_counter() - start_s) / count
-
-
 def measure(models: list[str], rounds: int, threads: int, progress: Progress) -> list[Timed]:
     with tempfile.TemporaryDirectory() as folder:
         found = list(entries(models, Path(folder), threads))
-        task = progress.add_task("rounds", total=rounds)
-        samples: list[tuple[list[float], list[float]]] = [([], []) for _ in found]
-        for turn in range(rounds + 1):
-            for (_, _, *ways), times in zip(found, samples, strict=True):
-                for way, seconds in zip(ways, times, strict=True):
-                    if turn:
-                        seconds.append(sample_s(way))
-                    else:
-                        for _ in range(WARM_UP):
-                            way()
-            progress.update(task, completed=turn)
-    return [
-        Timed(model, case, statistics.median(times[0]), statistics.median(times[1]))
-        for (model, case, _, _), times in zip(found, samples, strict=True)
-    ]
+        calls = [way for _, _, *ways in found for way in ways]
+        task = progress.add_task("rounds", total=(rounds + 1) * len(calls))
+        medians = [statistics.median(each) for each in times_s(calls, rounds, lambda: progress.advance(task))]
+    pairs = zip(medians[::2], medians[1::2], strict=True)
+    return [Timed(model, case, *pair) for (model, case, _, _), pair in zip(found, pairs, strict=True)]
 
 
 def vnni() -> str:

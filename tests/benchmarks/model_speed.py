@@ -10,7 +10,7 @@ For the shipped model, S/32 and B/16 (these with random weights), at batch 1 and
 All figures are medians over the rounds, and ratios of them. FLOPs are counted for what each run really computed (a
 multiplication and an addition are two), so that a ratio of times can be held against the ratio of FLOPs, its bound
 where arithmetic is all that costs. An entry that has been timed for `ENTRY_S` leaves the rounds, so that the whole
-takes less than ten minutes of two undisturbed cores. Writes model_speed.json, .md and .png.
+takes a quarter of an hour of two undisturbed cores. Writes model_speed.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import os
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from datetime import date
@@ -39,6 +38,7 @@ from rich.progress import Progress
 from exporter.cuda import PaddedLayers
 from exporter.machine import processor
 from exporter.moe_graph import MoeLayers
+from tests.benchmarks.interleaved import times_s
 from tests.benchmarks.model_speed_page import Findings, Timed, page, plot
 from tests.benchmarks.model_subjects import (
     CASES,
@@ -59,8 +59,6 @@ from tests.benchmarks.torch_compiled import BATCHES, compile_within, compiled, r
 
 OUT = Path("docs/bench")
 PEAK_ROWS = 1568  # B/16 at batch 8: enough that the weights' way through the caches is no part of it
-SHORTEST_S = 0.02  # a timed sample repeats a run that is shorter
-SETTLE_S = 0.05
 ENTRY_S = 6.0  # chosen, not tuned: two samples of B/16 at batch 8
 
 Entry = tuple[str, str, float | None, Callable[[], object]]  # way, case, gflop, run
@@ -114,39 +112,6 @@ def torch_entries(subject: Subject, batch: int, calls: Mapping[str, Callable[...
             yield way, case, None, lambda call=call, inputs=inputs: run(call, inputs)
 
 
-def sample_s(call: Callable[[], object]) -> float:
-    """Seconds of one run, from as many as fill `SHORTEST_S`."""
-    count, start_s = 0, time.perf_counter()
-    while count == 0 or time.perf_counter() - start_s < SHORTEST_S:
-        call()
-        count += 1
-    return (time.perf_counter() - start_s) / count
-
-
-def times_s(entries: list[tuple[int, Entry]], rounds: int, advance: Callable[[], None]) -> list[list[float]]:
-    """Samples of every entry, interleaved. The round before the first is not timed: it compiles and warms up.
-
-    Threads of PyTorch spin for a while after a run and take the cores of whatever runs next. So a short entry runs
-    untimed for `SETTLE_S` first; a long one loses little.
-    """
-    samples: list[list[float]] = [[] for _ in entries]
-    spent_s, last_s = [0.0 for _ in entries], [0.0 for _ in entries]
-    for turn in range(rounds + 1):
-        for place, (_, (_, _, _, call)) in enumerate(entries):
-            start_s = time.perf_counter()
-            if turn == 0:
-                call()
-                last_s[place] = time.perf_counter() - start_s
-            elif not samples[place] or spent_s[place] < ENTRY_S:
-                while last_s[place] < SETTLE_S and time.perf_counter() - start_s < SETTLE_S:
-                    call()
-                last_s[place] = sample_s(call)
-                samples[place].append(last_s[place])
-                spent_s[place] += time.perf_counter() - start_s
-            advance()
-    return samples
-
-
 def alone_or_in_a_batch(subject: Subject, session: ort.InferenceSession) -> float:
     """Largest difference in any probability between an image alone and in a batch of the largest size, mixed points."""
     feeds = feeds_of(subject.config, max(BATCHES), MIXED)
@@ -187,7 +152,8 @@ def measure(
         entries += [(batch, entry) for entry in onnx_entries(subject, batch, sessions)]
         entries += [(batch, entry) for entry in torch_entries(subject, batch, calls)]
     task = progress.add_task(subject.name, total=(rounds + 1) * len(entries))
-    samples = times_s(entries, rounds, lambda: progress.advance(task))
+    calls_of_entries = [call for _, (_, _, _, call) in entries]
+    samples = times_s(calls_of_entries, rounds, lambda: progress.advance(task), call_s=ENTRY_S)
     timed = [
         Timed(subject.name, batch, way, case, statistics.median(times), len(times), gflop)
         for (batch, (way, case, gflop, _)), times in zip(entries, samples, strict=True)
@@ -202,7 +168,7 @@ def measure(
 
 def main(
     out: Annotated[Path, typer.Option(help="Directory for json, md and png.")] = OUT,
-    rounds: Annotated[int, typer.Option(min=1, help="At most; long runs get fewer.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="At most; long runs get fewer.")] = 25,
     only: Annotated[str, typer.Option(help="Models: some of tiny, s32, b16, by commas.")] = "tiny,s32,b16",
     threads: Annotated[int, typer.Option(help="0: all cores.")] = 0,
     with_torch: Annotated[bool, typer.Option("--torch/--no-torch")] = True,

@@ -210,8 +210,8 @@ def _model(figures: Figures, model: str) -> Iterator[str]:
                 ratio = figures.over_ours(model, batch, each.way, each.case)
                 yield f"| {each.way} | {each.case} | {ratio:.2f} | {each.rounds} |"
     yield (
-        "\nShares of the time within operators (ONNX Runtime's profiler, which adds 2-3 µs to every node; products are "
-        "those of 2-D matrices, routing includes gathering and combining rows):\n"
+        "\nShares of the time within operators (ONNX Runtime's profiler, which adds 2-3 µs to every node; "
+        "attention includes queries, keys and values, routing includes gathering and combining rows):\n"
     )
     yield f"| batch | point | nodes | {' | '.join(CLASSES)} |\n|--:|---|--:|{'--:|' * len(CLASSES)}"
     for found in findings.profiles:

@@ -191,6 +191,4 @@ def fetch(
 ) -> Callable[[], list[npt.NDArray[np.generic]]]:
     """Runs a graph for what the gateway asks of it, logits first."""
     wanted = [value.name for value in session.get_outputs() if value.name != "token_experts"]
-    options = ort.RunOptions()
-    options.only_execute_path_to_fetches = True
-    return lambda: session.run(wanted, feeds, options)
+    return lambda: session.run(wanted, feeds)

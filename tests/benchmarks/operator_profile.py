@@ -20,7 +20,7 @@ from exporter.moe_graph import MoeLayers
 from tests.benchmarks.model_subjects import Subject, fetch
 
 CLASSES = ("products", "attention", "LayerNorm", "Gelu", "routing", "rest")
-_CLASS_OF = {"Gemm": "products", "LayerNormalization": "LayerNorm", "Gelu": "Gelu"}
+_CLASS_OF = {"Gemm": "products", "Attention": "attention", "LayerNormalization": "LayerNorm", "Gelu": "Gelu"}
 _ROUTING = (
     *("TopK", "OneHot", "Compress", "Gather", "GatherElements", "Scatter", "ScatterElements", "ScatterND", "NonZero"),
     *("ConstantOfShape", "ThresholdedRelu", "Where", "Less", "Range"),
@@ -47,8 +47,8 @@ class Profile:
 def class_of(operator: str, ranks: Iterable[int]) -> str:
     """Class of a node by its operator and the ranks of its inputs.
 
-    Products have 2-D matrices; attention multiplies 4-D ones, head by head, and the combination of the experts' rows
-    3-D ones.
+    Products have 2-D matrices; attention multiplies 4-D ones, head by head, where one operator does not do all of it
+    with the projection before; the combination of the experts' rows multiplies 3-D ones.
     """
     if operator in ("MatMul", "FusedMatMul"):
         return {4: "attention", 3: "routing"}.get(max(ranks), "products")

@@ -11,7 +11,7 @@ import torch
 
 from exporter.moe_graph import MoeLayers
 from tests.benchmarks import torch_compiled
-from tests.benchmarks.model_speed import alone_or_in_a_batch, onnx_entries, times_s
+from tests.benchmarks.model_speed import alone_or_in_a_batch, onnx_entries
 from tests.benchmarks.model_speed_page import TARGETS, Figures, Findings, Timed, page
 from tests.benchmarks.model_subjects import CHEAP, FULL, Subject, dense_gflop, feeds_of, fetch
 from tests.benchmarks.operator_profile import CLASSES, class_of, profile
@@ -90,17 +90,6 @@ def test_gflop_counted_for_ours_are_those_that_torch_counts_when_all_slots_are_f
     assert own == pytest.approx(flops_per_image(config, point) / 1e9)
 
 
-def test_entry_that_had_its_time_leaves_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.benchmarks.model_speed.ENTRY_S", 0.0)
-    calls: list[str] = []
-    entries = [(1, (way, "case", None, lambda way=way: calls.append(way))) for way in ("a", "b")]
-    monkeypatch.setattr("tests.benchmarks.model_speed.SHORTEST_S", 0.0)
-    monkeypatch.setattr("tests.benchmarks.model_speed.SETTLE_S", 0.0)
-    samples = times_s(entries, 3, lambda: None)
-    assert [len(each) for each in samples] == [1, 1]
-    assert calls == ["a", "b", "a", "b"]  # the first round warms up
-
-
 def test_ways_run_and_an_image_alone_differs_from_one_in_a_batch_by_rounding(subject: Subject) -> None:
     sessions = {"ours": subject.session("ours", MoeLayers, shortcut=True)}
     entries = list(onnx_entries(subject, 8, sessions))
@@ -124,6 +113,7 @@ def test_profile_shares_the_time_out_to_all_classes(subject: Subject) -> None:
         ("Gemm", (2, 2, 1), "products"),
         ("MatMul", (2, 2), "products"),
         ("MatMul", (4, 4), "attention"),
+        ("Attention", (3, 2, 1), "attention"),
         ("MatMul", (3, 3), "routing"),
         ("Softmax", (4,), "attention"),
         ("Softmax", (2,), "routing"),

@@ -207,13 +207,13 @@ def test_no_slots_in_any_layer_leaves_the_residual(tmp_path: Path) -> None:
     assert (none[2] == 0).all()
 
 
-def test_graph_uses_standard_operators_within_the_pinned_versions(tmp_path: Path) -> None:
+def test_graph_uses_one_operator_of_the_runtime_beside_standard_ones_of_the_pinned_versions(tmp_path: Path) -> None:
     ir.save(graph_of(random_checkpoint(SMALL)), tmp_path / "model.onnx")
     onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
     model = onnx.load(tmp_path / "model.onnx")
     assert model.ir_version == 10
-    assert [(entry.domain, entry.version <= 21) for entry in model.opset_import] == [("", True)]
-    assert {node.domain for node in model.graph.node} == {""}
+    assert {entry.domain: entry.version for entry in model.opset_import} == {"": 20, "com.microsoft": 1}
+    assert {node.op_type for node in model.graph.node if node.domain} == {"Attention"}
     batch = model.graph.input[0].type.tensor_type.shape.dim[0]
     assert batch.dim_param == "batch"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -127,6 +127,13 @@ def test_instances_threads_and_accelerators_follow_the_options(
     assert parameters(config).get("intra_op_thread_count") == threads
     found = config.optimization.execution_accelerators.gpu_execution_accelerator
     assert [entry.name for entry in found] == accelerators
+
+
+def test_packed_weights_when_asked_for_are_a_parameter_with_the_directory_as_it_was_given() -> None:
+    directory = PurePosixPath('/var/caché of "triton"\\')
+    options = TritonOptions("python", instances=2, packed_weights=directory)
+    assert parameters(parse(small_manifest(), options))["packed_weights"] == str(directory)
+    assert "packed_weights" not in parameters(parse(small_manifest(), TritonOptions("python")))
 
 
 def test_hash_parameters_are_those_of_the_manifest() -> None:

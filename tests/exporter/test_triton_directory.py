@@ -39,14 +39,15 @@ def test_triton_only_writes_the_config_again_and_touches_neither_manifest_nor_gr
     Bundle.load(bundle)
 
 
-def test_python_backend_adds_its_file_and_the_default_removes_it_again(repository: Path) -> None:
-    model = repository / NAME / "1" / "model.py"
+def test_python_backend_adds_its_files_and_the_default_removes_them_again(repository: Path) -> None:
+    modules = [repository / NAME / "1" / name for name in ("model.py", "packed_weights.py")]
     assert triton_only(repository, "--triton-backend", "python").exit_code == 0
     assert 'backend: "python"' in (repository / NAME / "config.pbtxt").read_text()
-    compile(model.read_text(), str(model), "exec")
-    assert "from exporter" not in model.read_text()
+    for module in modules:
+        compile(module.read_text(), str(module), "exec")
+        assert "from exporter" not in module.read_text()
     assert triton_only(repository).exit_code == 0
-    assert not model.exists()
+    assert not any(module.exists() for module in modules)
     assert (repository / NAME / "config.pbtxt").read_text() == (SHIPPED / "config.pbtxt").read_text()
 
 
@@ -59,6 +60,7 @@ def test_other_repository_gets_a_whole_model_whose_graph_takes_no_space(reposito
     assert [name for name in names if not name.startswith("warmup/")] == [
         "1/model.onnx",
         "1/model.py",
+        "1/packed_weights.py",
         "config.pbtxt",
         "labels.txt",
         "manifest.json",
@@ -106,6 +108,23 @@ def test_options_that_contradict_each_other_are_refused(
     result = triton_only(repository, *arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--triton-packed-weights", "/var/cache"), "for the backend python on a cpu, got onnxruntime on a cpu"),
+        (("--triton-packed-weights", "/c", "--triton-backend", "python", "--triton-device", "gpu"), "python on a gpu"),
+        (("--triton-packed-weights", "cache", "--triton-backend", "python"), "must be absolute"),
+    ],
+)
+def test_packed_weights_are_refused_where_triton_could_not_use_them(
+    repository: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = triton_only(repository, *arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert (repository / NAME / "config.pbtxt").read_text() == (SHIPPED / "config.pbtxt").read_text()
 
 
 def test_repository_for_triton_is_refused_without_triton_only(tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ from loadtest.trace import Trace
 from server.backends.base import Batch as Tensors
 from server.backends.base import Outputs
 from server.deadline_queue import Request
+from server.decision import Batch, Refusal
 from server.engine import Engine
 from server.errors import DeadlineExceeded, Unavailable
 from server.metrics import Metrics
 from server.policy_file import ActivePolicy
-from server.scheduler import Batch, Limits, Refusal, Scheduler
+from server.scheduler import Limits, Scheduler
 from server.work import Work
 from tests.server.virtual_clock import VirtualClockLoop
 

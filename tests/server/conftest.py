@@ -35,6 +35,7 @@ class FakeBackend:
     """Answers with the class of the first pixel. `gate` holds batches back, `failure` makes them fail.
 
     Attributes:
+        late: answer just after the batch's deadline.
         batches: those after the warm-up.
     """
 
@@ -47,6 +48,7 @@ class FakeBackend:
         self.gate = threading.Event()
         self.gate.set()
         self.failure: Exception | None = None
+        self.late = False
         self.closed = False
 
     async def start(self, changed: Callable[[], None]) -> None:
@@ -54,7 +56,13 @@ class FakeBackend:
 
     async def infer(self, batch: Batch) -> Outputs:
         self.batches.append(batch)
-        await asyncio.get_running_loop().run_in_executor(None, self.gate.wait)
+        loop = asyncio.get_running_loop()
+        if self.late:
+            # Without an await, for then the gateway cannot give the batch up meanwhile, however slow the machine is.
+            while loop.time() <= batch.deadline_s:
+                os.sched_yield()
+        else:
+            await loop.run_in_executor(None, self.gate.wait)
         if self.failure is not None:
             raise self.failure
         rows, layers = batch.slots.shape

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import struct
+import threading
 import zlib
 
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from server.decode import DecodeLimits, Upload, decode_image
+from server.decode import DecodeLimits, Decoder, Upload, decode_image
 from server.errors import BrokenImage, ImageError, ImageTooLarge, NotAnImage, TooManyPixels, UnsupportedMediaType
 from vmoe.preprocess import Preprocessing
 
@@ -172,6 +174,58 @@ def test_decode_when_bytes_are_damaged_then_nothing_but_image_errors_escapes(
     except ImageError:
         return
     assert pixels.shape == (SIZE, SIZE, 3)
+
+
+async def decode_with_threads(data: bytes, preprocessing: Preprocessing = RGB) -> tuple[np.ndarray, int]:
+    """Pixels, and how many threads the decoder has started for them."""
+    decoder = Decoder(preprocessing, LIMITS, threads=1)
+    try:
+        before = threading.active_count()
+        return await decoder.decode(Upload(data, "image/png")), threading.active_count() - before
+    finally:
+        decoder.close()
+
+
+def test_decoder_when_file_and_image_are_small_then_no_thread_is_started() -> None:
+    data = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)))
+    pixels, threads = asyncio.run(decode_with_threads(data))
+    assert threads == 0
+    assert (pixels == decode(data)).all()
+
+
+def test_decoder_when_a_small_file_holds_many_pixels_then_a_thread_decodes_it() -> None:
+    data = encode(Image.new("RGB", (65, 64), "red"))  # one column above the limit
+    assert len(data) < 4096
+    pixels, threads = asyncio.run(decode_with_threads(data))
+    assert threads == 1
+    assert pixels[0, 0].tolist() == [255, 0, 0]
+
+
+def test_decoder_when_the_file_is_large_then_a_thread_decodes_it() -> None:
+    data = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 50, 3), np.uint8)))
+    assert len(data) > 4096
+    assert asyncio.run(decode_with_threads(data))[1] == 1
+
+
+def test_decoder_when_the_models_input_is_large_then_a_thread_enlarges_the_image() -> None:
+    large = Preprocessing((65, 64), 3, (0.5,) * 3, (0.5,) * 3)
+    pixels, threads = asyncio.run(decode_with_threads(encode(Image.new("RGB", (8, 8), "red")), large))
+    assert (pixels.shape, threads) == ((65, 64, 3), 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b"hello", NotAnImage),
+        (encode(Image.new("L", (8, 8)))[:45], BrokenImage),
+        (encode(Image.new("1", (200, 100))), TooManyPixels),
+    ],
+)
+def test_decoder_when_a_small_file_is_refused_then_it_is_for_the_reason_of_a_large_one(
+    data: bytes, error: type[ImageError]
+) -> None:
+    with pytest.raises(error):
+        asyncio.run(decode_with_threads(data))
 
 
 def _png_chunks(width: int, height: int, *, bit_depth: int, rows: bytes) -> list[tuple[bytes, bytes]]:

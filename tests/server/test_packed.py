@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from exporter.bundle import Bundle
+from exporter.packed_weights import MODEL, WEIGHTS
 from server.backends.base import BackendError, Batch, Outputs
 from server.backends.ort import OrtBackend
-from server.backends.packed import MODEL, WEIGHTS
 
 
 def infer(backend: OrtBackend, bundle: Bundle) -> Outputs:

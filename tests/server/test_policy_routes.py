@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from PIL import Image
 
@@ -225,20 +224,9 @@ def test_classify_when_a_request_became_late_in_the_queue_then_504(serve_fake: A
 
 def test_classify_when_the_answer_comes_late_then_it_is_given_and_says_so(serve_fake: Any, backend: Any) -> None:
     with serve_fake() as client:
-        backend.gate.clear()
-        answers: list[httpx.Response] = []
-        thread = threading.Thread(target=lambda: answers.append(client.post("/classify?deadline_ms=100", **IMAGE)))
-        thread.start()
-        while not backend.batches:
-            os.sched_yield()
-        behind = threading.Thread(target=client.post, args=("/classify?budget=max&deadline_ms=9000",), kwargs=IMAGE)
-        behind.start()
-        while client.get("/v1/policy").json()["state"]["oldest_ms"] < 100:  # who came later has waited so long already
-            os.sched_yield()
-        backend.gate.set()
-        for each in (thread, behind):
-            each.join()
-        assert (answers[0].status_code, answers[0].json()["deadline_met"]) == (200, False)
+        backend.late = True
+        answer = client.post("/classify?deadline_ms=500", **IMAGE)
+        assert (answer.status_code, answer.json()["deadline_met"]) == (200, False)
         assert 'vmoe_deadline_images_total{budget="auto",outcome="missed"} 1.0' in client.get("/metrics").text
 
 

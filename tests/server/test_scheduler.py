@@ -6,10 +6,11 @@ import pytest
 
 from server.budgets import Budget
 from server.deadline_queue import Request
+from server.decision import Refusal
 from server.policies.base import Proposal, Stateless, View
 from server.policies.fixed import Fixed
 from server.policies.foresight import Foresight, ForesightConfig
-from server.scheduler import Limits, Refusal, Scheduler
+from server.scheduler import Limits, Scheduler
 from tests.server.ladders import AUTO, FULL, MAX_BATCH, ladder, latency, request, scheduler
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from server.budgets import Budget
 from server.deadline_queue import Request
+from server.decision import Batch
 from server.latency import LatencyModel
 from server.policies.aimd import Aimd, AimdConfig
 from server.policies.base import Policy, Proposal, Stateless, View
@@ -19,7 +20,7 @@ from server.policies.foresight import Foresight, ForesightConfig
 from server.policies.proteus import Proteus, ProteusConfig
 from server.policies.queue_depth import QueueDepth, QueueDepthConfig
 from server.policies.slackfit import SlackFit, SlackFitConfig
-from server.scheduler import Batch, Limits, Scheduler
+from server.scheduler import Limits, Scheduler
 from tests.server.ladders import BASE_S, FULL, IMAGE_S, MAX_BATCH, ladder
 
 CLASSES = (

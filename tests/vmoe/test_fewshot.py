@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +207,14 @@ def test_fewshot_that_saves_takes_one_checkpoint(root: Path) -> None:
     result = invoke("fewshot", checkpoint, checkpoint, "--data", root / "data", "--save", root / "none")
     assert "--save takes one checkpoint, got 2" in refused_parameter(result)
     assert not (root / "none").exists()
+
+
+def test_fewshot_that_would_replace_a_checkpoint_is_refused_without_overwrite(root: Path, tmp_path: Path) -> None:
+    checkpoint, saved = root / "run" / "checkpoint", tmp_path / "few"
+    shutil.copytree(checkpoint, saved)
+    arguments = ("--data", root / "data", "--shots", "1", "--seeds", "1", "--validation", "5", "--save", saved)
+    assert f"{saved} exists: --overwrite replaces it" in refused(invoke("fewshot", checkpoint, *arguments))
+    assert load_checkpoint(saved).labels == ("0", "1", "2")
+    result = invoke("fewshot", checkpoint, *arguments, "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert load_checkpoint(saved).labels == ("0", "1", "2", "3", "4", "5")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from vmoe.preprocess import Preprocessing, fit, normalize, parse_channel_values, scale_and_offset
 
@@ -76,6 +76,28 @@ def test_fit_of_a_gray_image_for_a_colour_model_repeats_the_channel() -> None:
 
 def test_fit_keeps_the_order_of_the_channels() -> None:
     assert fit(Image.new("RGB", (9, 9), (10, 20, 30)), COLOUR)[2, 3].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("orientation", range(10))  # 1 to 8 are EXIF's; others mean nothing
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("preprocessing", [GRAY, COLOUR], ids=["gray", "colour"])
+def test_fit_of_any_mode_and_orientation_equals_pillows_own_steps(
+    preprocessing: Preprocessing, mode: str, orientation: int
+) -> None:
+    noise = Image.fromarray(np.random.default_rng(2).integers(0, 256, (6, 9, 4), np.uint8))
+    image = noise.convert("RGB").convert(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(noise.getchannel("A"))
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    before = image.tobytes()
+    upright = ImageOps.exif_transpose(image)
+    if mode in ("LA", "RGBA"):
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+        upright = upright.convert("RGB")
+    expected = upright.convert("L" if preprocessing is GRAY else "RGB").resize((4, 4), Image.Resampling.BILINEAR)
+    found = fit(image, preprocessing)
+    np.testing.assert_array_equal(found, np.asarray(expected).reshape(found.shape))
+    assert (image.tobytes(), image.getexif()[ExifTags.Base.Orientation]) == (before, orientation)
 
 
 def test_normalize_of_every_pixel_value_equals_the_formula_per_channel() -> None:

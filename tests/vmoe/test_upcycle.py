@@ -155,3 +155,19 @@ def test_upcycle_command_that_does_not_fit_the_model_is_refused_and_writes_nothi
     save_checkpoint(tmp_path / "dense", DENSE_CHECKPOINT)
     assert message in refused(invoke("upcycle", tmp_path / "dense", "--output", tmp_path / "sparse", *arguments))
     assert not (tmp_path / "sparse").exists()
+
+
+def test_upcycle_command_replaces_a_checkpoint_only_when_told_and_nothing_else_ever(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "dense", DENSE_CHECKPOINT)
+    save_checkpoint(tmp_path / "sparse", DENSE_CHECKPOINT)
+    command = ("upcycle", tmp_path / "dense", "--moe-layers", "1", "--output")
+    assert "sparse exists: --overwrite replaces it" in refused(invoke(*command, tmp_path / "sparse"))
+    assert load_checkpoint(tmp_path / "sparse").config.moe is None
+    result = invoke(*command, tmp_path / "sparse", "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert load_checkpoint(tmp_path / "sparse").config.moe is not None
+    # The folder above has checkpoints in it, but is none.
+    assert "replaces checkpoints, and" in refused(invoke(*command, tmp_path, "--overwrite"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "sparse"]
+    (tmp_path / "empty").mkdir()
+    assert invoke(*command, tmp_path / "empty").exit_code == 0

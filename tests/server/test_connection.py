@@ -1,0 +1,143 @@
+"""Clients that leave while their image waits, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import socket
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
+
+from server.connection import Connection
+from tests.server.conftest import FakeBackend, Serve
+
+HEAD = b"POST /classify?deadline_ms=9000 HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+
+
+def png(side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def connect(client: httpx.Client) -> socket.socket:
+    url = httpx.URL(str(client.base_url))
+    return socket.create_connection((url.host, url.port or 80))
+
+
+def wait_until_inferring(backend: FakeBackend, batches: int = 1) -> None:
+    while len(backend.batches) < batches:
+        os.sched_yield()
+
+
+def wait_for(client: httpx.Client, line: str) -> None:
+    while line not in client.get("/metrics").text:
+        os.sched_yield()
+
+
+@pytest.mark.parametrize("side", [8, 300])  # one packet, and several
+def test_client_when_it_leaves_during_inference_then_its_request_ends(
+    serve_fake: Serve, backend: FakeBackend, side: int
+) -> None:
+    body = png(side)
+    with serve_fake() as client:
+        backend.gate.clear()
+        with connect(client) as connection:
+            connection.sendall(HEAD % len(body) + body)
+            wait_until_inferring(backend)
+        wait_for(client, 'vmoe_requests_total{budget="auto",status="499"} 1.0')
+        assert "vmoe_in_flight_requests 0.0" in client.get("/metrics").text
+        backend.gate.set()
+
+
+def test_client_when_it_leaves_while_its_image_waits_then_it_is_never_inferred(
+    serve_fake: Serve, backend: FakeBackend
+) -> None:
+    body = png(8)
+    with serve_fake() as client:
+        backend.gate.clear()
+        with connect(client) as first:
+            first.sendall(HEAD % len(body) + body)
+            wait_until_inferring(backend)
+            with connect(client) as second:
+                second.sendall(HEAD % len(body) + body)
+                wait_for(client, "vmoe_queue_images 1.0")
+            wait_for(client, "vmoe_queue_images 0.0")
+            backend.gate.set()
+            assert first.recv(100).startswith(b"HTTP/1.1 200")
+        assert len(backend.batches) == 1
+
+
+def test_client_when_it_leaves_after_its_answer_then_nothing_is_cancelled(serve_fake: Serve) -> None:
+    body = png(8)
+    with serve_fake() as client:
+        with httpx.Client(base_url=client.base_url) as other:  # one connection
+            for _ in range(2):
+                assert other.post("/classify", content=body, headers={"Content-Type": "image/png"}).status_code == 200
+        text = client.get("/metrics").text
+        assert 'vmoe_requests_total{budget="auto",status="200"} 2.0' in text
+        assert 'status="499"' not in text
+
+
+def test_client_when_it_sends_requests_ahead_then_all_are_answered_in_order(serve_fake: Serve) -> None:
+    body = png(300)
+    with serve_fake() as client, connect(client) as connection:
+        head = HEAD.replace(b"\r\n\r\n", b"\r\nX-Request-ID: request-%d\r\n\r\n")
+        connection.sendall(b"".join(head % (len(body), number) + body for number in range(3)))
+        connection.settimeout(10)
+        found = b""
+        while found.count(b"HTTP/1.1 200") < 3:
+            found += connection.recv(65536)
+    places = [found.index(b"x-request-id: request-%d" % number) for number in range(3)]
+    assert places == sorted(places)
+
+
+class Wire(asyncio.Transport):
+    """Takes what is written, and remembers whether the connection reads."""
+
+    reads = True
+
+    def get_extra_info(self, name: str, default: object = None) -> object:
+        return default
+
+    def is_closing(self) -> bool:
+        return False
+
+    def pause_reading(self) -> None:
+        self.reads = False
+
+    def resume_reading(self) -> None:
+        self.reads = True
+
+    def write(self, data: object) -> None:
+        raise AssertionError("nobody answers")
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_connection_when_a_large_body_is_complete_then_it_reads_on_unless_requests_wait(ahead: int) -> None:
+    """Only who reads sees the end of a connection; only who does not read keeps requests ahead out of memory."""
+
+    async def never(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.Event().wait()
+
+    async def receive_all() -> bool:
+        config = uvicorn.Config(never, http=Connection, ws="none", log_config=None)
+        config.load()
+        state, wire = ServerState(), Wire()
+        connection = Connection(config, state, {}, asyncio.get_running_loop())
+        connection.connection_made(wire)
+        body = bytes(70_000)  # uvicorn stops reading at 64 KiB of a body
+        for _ in range(1 + ahead):
+            connection.data_received(HEAD % len(body) + body)
+        for task in state.tasks:
+            task.cancel()
+        return wire.reads
+
+    assert asyncio.run(receive_all()) == (not ahead)
