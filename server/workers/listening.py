@@ -1,8 +1,8 @@
 """One port for several processes: the kernel spreads connections over their listening sockets (SO_REUSEPORT).
 
-With one socket for all, an event loop that wakes up takes every connection that waits, so that one worker may get nearly
-all of those that stay open; and a worker cannot stay away from it until it is warm. The price: connections that wait,
-unaccepted, for a worker that dies are reset, where siblings could have taken them.
+With one socket for all, an event loop that wakes up takes every connection that waits, so that one worker may get
+nearly all of those that stay open; and a worker cannot stay away from it until it is warm. The price: connections that
+wait, unaccepted, for a worker that dies are reset, where siblings could have taken them.
 
 Of 32 connections at once to two processes with uvloop, the busier one gets 28 of one socket (median of 20 trials; 32 at
 the 90th percentile), and 17 (21) with a socket each: `python -m tests.benchmarks.accept_balance`, 2026-11-28, Linux
