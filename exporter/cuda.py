@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from exporter.moe_graph import MoeLayers, Slots
-from exporter.products import Parameter, Products
+from exporter.products import Floats, Parameter, Products
 from exporter.tape import Tape
 
 _HALF, _FULL = ir.DataType.FLOAT16.value, ir.DataType.FLOAT.value
@@ -70,13 +70,7 @@ class HalfProducts(Products):
         return tape.op("Cast", rows, to=_HALF)
 
     def affine(
-        self,
-        tape: Tape,
-        operand: ir.Value,
-        reads: str,
-        weight: Parameter,
-        bias: Parameter,
-        factor: npt.NDArray[np.float32] | None,
+        self, tape: Tape, operand: ir.Value, reads: str, weight: Parameter, bias: Parameter, factor: Floats | None
     ) -> ir.Value:
         parts = (_half(tape, name, values, factor) for name, values in (weight, bias))
         return tape.op("Cast", tape.op("Gemm", operand, *parts), to=_FULL)
@@ -86,9 +80,7 @@ class HalfProducts(Products):
         return tape.op("Cast", tape.op("Add", product, _half(tape, bias[0], bias[1][:, None])), to=_FULL)
 
 
-def _half(
-    tape: Tape, name: str, values: npt.NDArray[np.float32], factor: npt.NDArray[np.float32] | None = None
-) -> ir.Value:
+def _half(tape: Tape, name: str, values: Floats, factor: Floats | None = None) -> ir.Value:
     def rounded() -> npt.NDArray[np.float16]:
         return (values if factor is None else values * factor).astype(np.float16)
 

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from exporter.products import Parameter, Products
+from exporter.products import Floats, Parameter, Products
 from exporter.tape import Tape
 
 WEIGHT_BITS: Final = 7
@@ -72,26 +72,13 @@ class Int8Products(Products):
         return tape.op("QuantizeLinear", rows, *self._scale_of(tape, self._ranges[reads]))
 
     def affine(
-        self,
-        tape: Tape,
-        operand: ir.Value,
-        reads: str,
-        weight: Parameter,
-        bias: Parameter,
-        factor: npt.NDArray[np.float32] | None,
+        self, tape: Tape, operand: ir.Value, reads: str, weight: Parameter, bias: Parameter, factor: Floats | None
     ) -> ir.Value:
         if reads not in self._ranges:
             return super().affine(tape, operand, reads, weight, bias, factor)
         return self._gemm(tape, operand, self._ranges[reads], _scaled(weight, factor), _scaled(bias, factor))
 
-    def of_pixels(
-        self,
-        tape: Tape,
-        patches: ir.Value,
-        scale: npt.NDArray[np.float32],
-        offset: npt.NDArray[np.float32],
-        name: str,
-    ) -> ir.Value:
+    def of_pixels(self, tape: Tape, patches: ir.Value, scale: Floats, offset: Floats, name: str) -> ir.Value:
         """Pixels are 8 bits already: normalisation moves into weights and bias.
 
         pixel * scale + offset = (pixel - 128) * scale + (offset + 128 * scale), for every channel.
@@ -121,7 +108,7 @@ class Int8Products(Products):
         return tape.constant(values.scale, np.float32), tape.constant(values.zero_point, np.uint8)
 
 
-def column_scales(weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def column_scales(weight: Floats, bias: Floats) -> Floats:
     """(out,) scales with the least squared error of the rounded weight (in, out).
 
     Arguments:
@@ -130,7 +117,7 @@ def column_scales(weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32]
     widest = np.abs(weight).max(axis=0) / WEIGHT_MAX
     widest = np.maximum(widest, np.abs(bias) / _MAX_BIAS_STEPS)
     widest = np.maximum(widest, np.finfo(np.float32).tiny).astype(np.float32)  # a column of zeros
-    best: npt.NDArray[np.float32] = widest
+    best: Floats = widest
     least = np.full(len(widest), np.inf, np.float32)
     for share in _SHRINK:
         scale = (widest * share).astype(np.float32)
@@ -139,12 +126,12 @@ def column_scales(weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32]
     return best
 
 
-def quantise(weight: npt.NDArray[np.float32], column_scale: npt.NDArray[np.float32]) -> npt.NDArray[np.int8]:
+def quantise(weight: Floats, column_scale: Floats) -> npt.NDArray[np.int8]:
     """The nearest integers of every column, clipped."""
     quantised: npt.NDArray[np.int8] = np.clip(np.rint(weight / column_scale), WEIGHT_MIN, WEIGHT_MAX).astype(np.int8)
     return quantised
 
 
-def _scaled(parameter: Parameter, factor: npt.NDArray[np.float32] | None) -> Parameter:
+def _scaled(parameter: Parameter, factor: Floats | None) -> Parameter:
     name, values = parameter
     return name, values if factor is None else values * factor

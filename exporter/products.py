@@ -16,7 +16,8 @@ import onnx_ir as ir
 if TYPE_CHECKING:
     from exporter.tape import Tape
 
-Parameter = tuple[str, npt.NDArray[np.float32]]  # under the state's name, possibly rearranged
+Floats = npt.NDArray[np.float32]
+Parameter = tuple[str, Floats]  # under the state's name, possibly rearranged
 
 
 class Products:
@@ -27,13 +28,7 @@ class Products:
         return rows
 
     def affine(
-        self,
-        tape: Tape,
-        operand: ir.Value,
-        reads: str,
-        weight: Parameter,
-        bias: Parameter,
-        factor: npt.NDArray[np.float32] | None,
+        self, tape: Tape, operand: ir.Value, reads: str, weight: Parameter, bias: Parameter, factor: Floats | None
     ) -> ir.Value:
         """(N, in) -> (N, out)."""
         return tape.op("Gemm", operand, tape.weight(*weight, factor=factor), tape.weight(*bias, factor=factor))
@@ -43,14 +38,7 @@ class Products:
         product = tape.op("MatMul", operand, tape.weight(*weight))
         return tape.op("Add", product, tape.weight(bias[0], bias[1][:, None]))
 
-    def of_pixels(
-        self,
-        tape: Tape,
-        patches: ir.Value,
-        scale: npt.NDArray[np.float32],
-        offset: npt.NDArray[np.float32],
-        name: str,
-    ) -> ir.Value:
+    def of_pixels(self, tape: Tape, patches: ir.Value, scale: Floats, offset: Floats, name: str) -> ir.Value:
         """The linear layer `name` of normalised pixels: (..., channels) uint8 -> (N, out).
 
         Arguments:

@@ -2,7 +2,7 @@
 
 window, breaker, endpoint, failure, contract    how many batches at once, whether any, where, again, which model
 address, tensors                                what a URL says, batches to tensors and back
-grpc_client, http_client, connect               the wire
+wire, grpc_client, http_client, connect         the two protocols
 shared_memory                                   a way around it on one host
 link, backend                                   one server with its probes, all as one backend
 """
