@@ -57,11 +57,11 @@ LAYERS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "query, endpoint": ("server.short_cut:ShortCut.__call__", "server.routes:interpret"),
     "body": ("server.routes:read_uploads",),
-    "watch for a client that leaves": ("server.routes:_while_connected"),
+    "watch for a client that leaves": ("server.routes:_while_connected",),
     "classify": ("server.gateway:Gateway.classify",),
     "admission": ("server.scheduler:Scheduler.check", "server.scheduler:Scheduler.offer"),
     "decode: hand over": ("server.decode:Decoder.decode",),
-    "decode: checks, pixels": ("server.decode:decode_image",),
+    "decode: checks, pixels": ("server.decode:_decode",),
     "decode: open": ("PIL.Image:open",),
     "decode: fit to the model": ("server.decode:fit",),
     "queue": ("server.engine:Engine.check", "server.engine:Engine.infer"),
@@ -118,17 +118,22 @@ class Answerer:
             await self._app(scope, receive, send)
 
 
+def resolve(target: str) -> tuple[object, str]:
+    """Where a function of `LAYERS` lives, and its name there."""
+    module, _, path = target.partition(":")
+    owner: object = importlib.import_module(module)
+    *owners, name = path.split(".")
+    for each in owners:
+        owner = getattr(owner, each)
+    return owner, name
+
+
 def serve_measured(arguments: list[str]) -> None:
     """`python -m server` with every layer wrapped."""
     meter = LayerMeter()
     for layer, targets in LAYERS.items():
         for target in targets:
-            module, _, path = target.partition(":")
-            owner: object = importlib.import_module(module)
-            *owners, name = path.split(".")
-            for each in owners:
-                owner = getattr(owner, each)
-            meter.wrap(layer, owner, name)
+            meter.wrap(layer, *resolve(target))
     short_cut = server.app.ShortCut
     server.app.ShortCut = lambda app, classify: Answerer(short_cut(app, classify), meter)  # type: ignore[misc,assignment]
     serve(arguments)
