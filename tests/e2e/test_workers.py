@@ -279,7 +279,9 @@ def test_worker_when_killed_then_the_other_answers_and_a_new_one_has_the_policy_
     fleet.wait_for_log("ended with exit code -9", since=since)
     for _ in range(8):
         assert fleet.classify() == 200
-    fleet.wait_for_log("server.gateway: ready", since=since)
+    fleet.wait_for_log("server.gateway: ready", "Application startup complete", since=since)
+    log = "".join(fleet.log.splitlines(keepends=True)[since:])
+    assert log.index("server.gateway: ready") < log.index("Application startup complete")  # warm before it listens
     sent = 8 + answer_in_both(fleet)
     assert scrape(fleet)["vmoe_requests_total"] == counted + sent
     assert fleet.policies() == {"aimd"}
