@@ -5,24 +5,17 @@ The options are the fields of `Settings`; pydantic-settings derives them, so no 
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 
 from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from exporter.bundle import Bundle, BundleError
-from server.app import create_server
-from server.backends.base import BackendError
-from server.backends.choice import create_backend
-from server.combine import combine
-from server.policy_file import PolicyError
-from server.record import RecordError
+from server.app import LOAD_ERRORS, load_server, run_server
 from server.settings import Settings
+from server.workers.supervisor import supervise
 
 logger = logging.getLogger(__name__)
 
@@ -34,21 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValidationError as error:
         sys.exit(_report(error))
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if settings.workers > 1:
+        sys.exit(supervise(settings))
     try:
-        bundle = Bundle.load(settings.model_repository / settings.model)
-        registry = CollectorRegistry()
-        others = [Bundle.load(settings.model_repository / name) for name in settings.also_models]
-        combined = combine(bundle, others)
-        backend = create_backend(settings, bundle, registry, others)
-        server = create_server(settings, combined.bundle, backend, registry, combined.models)
-    except (BackendError, BundleError, PolicyError, RecordError) as error:
+        server = load_server(settings, CollectorRegistry())
+    except LOAD_ERRORS as error:
         logger.error("%s", error)
         sys.exit(1)
-    # What is loaded by now stays. A full collection would walk it each time, in the event loop.
-    gc.collect()
-    gc.freeze()
-    with suppress(KeyboardInterrupt):  # raised again by uvicorn, once all is closed
-        server.run()
+    run_server(server)
     if not server.started:
         sys.exit(1)  # the address is taken; uvicorn has said so
 

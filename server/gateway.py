@@ -22,12 +22,13 @@ from server.errors import BackendUnavailable, DeadlineExceeded, GatewayError, Im
 from server.ladder import Ladder
 from server.latency import LatencyModel
 from server.metrics import Metrics
-from server.policy_file import ActivePolicy
+from server.policy_file import ActivePolicy, PolicyText
 from server.policy_source import PolicySource
 from server.query import Ask
 from server.scheduler import Limits, Scheduler
 from server.settings import Settings
 from server.work import Inference, Work
+from server.workers.link import Link
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,9 @@ class Served:
 class Gateway:
     """Serves one bundle with one backend.
 
+    Arguments:
+        link: to the supervisor, where this is one gateway of several behind a port.
+
     Attributes:
         bundle: what is served.
         ladder: its operating points.
@@ -66,7 +70,13 @@ class Gateway:
     """
 
     def __init__(
-        self, settings: Settings, bundle: Bundle, backend: Backend, metrics: Metrics, models: Sequence[str] = ()
+        self,
+        settings: Settings,
+        bundle: Bundle,
+        backend: Backend,
+        metrics: Metrics,
+        models: Sequence[str] = (),
+        link: Link | None = None,
     ) -> None:
         manifest = bundle.manifest
         moe = manifest.architecture.moe
@@ -82,11 +92,15 @@ class Gateway:
             settings.policy, bundle, self.ladder, settings.request_timeout_s, force=settings.force_policy
         )
         self._reloading = asyncio.Lock()
-        self.policy: ActivePolicy = self._policies.load()
+        shared = None if link is None else link.policy
+        self.policy: ActivePolicy = (
+            self._policies.load() if shared is None else self._policies.parse(shared.text, shared.source)
+        )
         self.admission = Admission(settings.max_queue_images, settings.max_queue_bytes, metrics)
         self.state: State = "starting"
-        self._backend, self._metrics = backend, metrics
-        self._changed = asyncio.Event()  # the backend, or `state`
+        self._backend, self._metrics, self._link = backend, metrics, link
+        self._may_go = link is None
+        self._changed = asyncio.Event()  # the backend, `state`, or `_may_go`
         self._request_timeout_s = settings.request_timeout_s
         self._max_batch_size = min(settings.max_batch_size, manifest.max_batch_size)
         self._image_shape = (*manifest.preprocessing.image_size, manifest.preprocessing.channels)
@@ -117,9 +131,13 @@ class Gateway:
             await self._backend.start(self._backend_changed)
             while self.state == "starting" and not await self._try_warm_up():
                 pass
+            if self._link is not None:
+                await self._wait_for_siblings(self._link)
         except Exception:  # nobody awaits this; without the log line it would be lost
             logger.exception("warm-up of %s failed, the gateway stays unready", self.bundle.manifest.name)
             self.state = "failed"
+            if self._link is not None:
+                self._link.failed()
             return
         if self.state == "starting":
             self._engine.start()
@@ -131,6 +149,11 @@ class Gateway:
                 self.policy.config.policy,
                 self.policy.source,
             )
+
+    def go(self) -> None:
+        """Every sibling is warm."""
+        self._may_go = True
+        self._changed.set()
 
     def give_up_starting(self) -> None:
         """`start` returns as soon as the batch that it runs is done."""
@@ -153,12 +176,22 @@ class Gateway:
         """As `reload_policy`, with the text of a policy.toml; in force until another one is."""
         await self._use(lambda: self._policies.parse(text))
 
+    async def follow(self, policy: PolicyText) -> None:
+        """As `put_policy`, with what a sibling shared."""
+        self._put_in_force(await asyncio.to_thread(self._policies.parse, policy.text, policy.source))
+
     async def _use(self, read: Callable[[], ActivePolicy]) -> None:
         async with self._reloading:  # of two at once the later one must win
             active = await asyncio.to_thread(read)
-            self.policy = active
-            self.scheduler.use(active.build(), active.horizon_s)
-            self.scheduler.latency.aim_at(active.config.quantile)
+            if self._link is None:
+                self._put_in_force(active)
+            else:
+                await self._link.share(active)  # comes back by `follow`, in the order that all siblings see
+
+    def _put_in_force(self, active: ActivePolicy) -> None:
+        self.policy = active
+        self.scheduler.use(active.build(), active.horizon_s)
+        self.scheduler.latency.aim_at(active.config.quantile)
         logger.info("policy %s from %s is in force", active.config.policy, active.source)
 
     async def drain(self, delay_s: float, timeout_s: float) -> None:
@@ -248,6 +281,12 @@ class Gateway:
         served = Served(inference, decode_s, now() - arrival_s)
         self._metrics.stages_done(inference, decode_s, served.total_s)
         return served
+
+    async def _wait_for_siblings(self, link: Link) -> None:
+        link.warm(self.policy)
+        while self.state == "starting" and not self._may_go:
+            self._changed.clear()
+            await self._changed.wait()
 
     def _backend_changed(self) -> None:
         self._changed.set()

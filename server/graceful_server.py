@@ -22,6 +22,7 @@ import uvicorn
 
 from server.gateway import Gateway
 from server.policy_file import PolicyError
+from server.workers.link import Link
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +32,19 @@ class GracefulServer(uvicorn.Server):
 
     Arguments:
         delay_s, drain_timeout_s: see `Gateway.drain`.
+        link: to the supervisor, where there is one.
     """
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway, delay_s: float, drain_timeout_s: float) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        gateway: Gateway,
+        delay_s: float,
+        drain_timeout_s: float,
+        link: Link | None = None,
+    ) -> None:
         super().__init__(config)
+        self._link = link
         self._gateway, self._delay_s, self._drain_timeout_s = gateway, delay_s, drain_timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them weakly
@@ -42,9 +52,11 @@ class GracefulServer(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        if self._link is not None:
+            self._start(self._link.listen(self._gateway, self._reload_soon, self.stop))
         has_signals = threading.current_thread() is threading.main_thread()
         if has_signals:
-            self._loop.add_signal_handler(signal.SIGHUP, lambda: self._start(self._reload()))
+            self._loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
         try:
             await super().serve(sockets)
         finally:
@@ -68,6 +80,9 @@ class GracefulServer(uvicorn.Server):
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _reload_soon(self) -> None:
+        self._start(self._reload())
 
     async def _drain(self) -> None:
         try:

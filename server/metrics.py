@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily
@@ -23,6 +24,7 @@ from server.backends.triton.failure import REASONS, Reason
 from server.decision import Batch, ShedReason
 from server.scheduler import Scheduler
 from server.work import Inference
+from server.workers.registry import SharedRegistry
 from vmoe.config import MoeConfig
 
 # Up to the default request timeout of 10 s; fine around the few milliseconds that a small model takes.
@@ -38,6 +40,9 @@ _DECISION_SECONDS = (10e-6, 25e-6, 50e-6, 100e-6, 200e-6, 400e-6, 0.001, 0.0025,
 INVALID = "invalid"  # label `budget` of a request whose parameters were refused
 CUSTOM = "custom"  # label `budget` of a request with its own point, label `operating_point` of an unmeasured one
 DENSE = "dense"  # label `operating_point` of a model without experts
+_LOOP_TIME = "vmoe_event_loop_cpu_seconds"
+_LOOP_TIME_TEXT = "Processor time of the event loop: all but inference and decoding."
+_Mode = Literal["livesum", "livemax"]  # how the gauges of several workers become one; dead ones do not count
 STAGES = ("decode", "queue", "inference", "total")
 
 
@@ -69,7 +74,12 @@ class Metrics:
             "vmoe_request_seconds", "From headers to answer.", ("budget",), buckets=_SECONDS, registry=registry
         )
         self._done: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
-        self._in_flight = Gauge("vmoe_in_flight_requests", "Requests to /classify under way.", registry=registry)
+        self._in_flight = Gauge(
+            "vmoe_in_flight_requests",
+            "Requests to /classify under way.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
         self._image_errors = Counter(
             "vmoe_image_errors", "Images refused, by code of the problem.", ("code",), registry=registry
         )
@@ -146,16 +156,18 @@ class Metrics:
 
     def watch(self, scheduler: Scheduler, now: Callable[[], float]) -> None:
         """Adds gauges that are read from the scheduler at each scrape, in the thread of the event loop."""
-        for name, text, value in (
-            ("vmoe_queue_images", "Images that wait.", lambda: len(scheduler.queue)),
-            ("vmoe_queue_bytes", "Bytes that they hold.", lambda: scheduler.queue.size_bytes),
-            ("vmoe_queue_oldest_seconds", "Age of the oldest.", lambda: scheduler.oldest_age_s(now())),
-            ("vmoe_running_batches", "Batches in the backend.", lambda: len(scheduler.running)),
-            ("vmoe_arrival_rate_hertz", "Images offered lately.", lambda: scheduler.arrival_rate_hz(now())),
-            ("vmoe_latency_scale_ratio", "This machine's time over the profile's.", lambda: scheduler.latency.scale),
-        ):
-            Gauge(name, text, registry=self._registry).set_function(value)
-        self._registry.register(_LoopTime())
+        queue, latency = scheduler.queue, "This machine's time over the profile's."
+        gauges: tuple[tuple[str, str, _Mode, Callable[[], float]], ...] = (
+            ("vmoe_queue_images", "Images that wait.", "livesum", lambda: len(queue)),
+            ("vmoe_queue_bytes", "Bytes that they hold.", "livesum", lambda: queue.size_bytes),
+            ("vmoe_queue_oldest_seconds", "Age of the oldest.", "livemax", lambda: scheduler.oldest_age_s(now())),
+            ("vmoe_running_batches", "Batches in the backend.", "livesum", lambda: len(scheduler.running)),
+            ("vmoe_arrival_rate_hertz", "Images offered lately.", "livesum", lambda: scheduler.arrival_rate_hz(now())),
+            ("vmoe_latency_scale_ratio", latency, "livemax", lambda: scheduler.latency.scale),
+        )
+        for name, text, mode, value in gauges:
+            _read(Gauge(name, text, registry=self._registry, multiprocess_mode=mode), value, self._registry)
+        _read_loop_time(self._registry)
 
     def admitted(self, budget: str) -> None:
         series = self._of(budget)
@@ -249,22 +261,29 @@ class BackendMetrics:
 
     def watch(self, endpoints: Sequence[Endpoint]) -> None:
         """Adds gauges that are read at each scrape, in the thread of the event loop."""
+        registry = self._registry
         gauges: tuple[tuple[str, str, Callable[[Endpoint], float]], ...] = (
             ("in_flight_batches", "Batches under way.", lambda each: each.in_flight),
             ("window_batches", "Batches that it may have under way.", lambda each: each.capacity),
         )
         for name, text, value in gauges:
-            gauge = Gauge(f"vmoe_endpoint_{name}", text, ("endpoint",), registry=self._registry)
+            gauge = Gauge(f"vmoe_endpoint_{name}", text, ("endpoint",), registry=registry, multiprocess_mode="livesum")
             for endpoint in endpoints:
-                gauge.labels(endpoint.name).set_function(partial(value, endpoint))
-        state = Gauge("vmoe_endpoint_state", "1 for the breaker's.", ("endpoint", "state"), registry=self._registry)
+                _read(gauge.labels(endpoint.name), partial(value, endpoint), registry)
+        state = Gauge(
+            "vmoe_endpoint_state",
+            "1 for the breaker's.",
+            ("endpoint", "state"),
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
         for endpoint in endpoints:
             self._retries.labels(endpoint.name)
             self._batches.labels(endpoint.name)
             for reason in REASONS:
                 self._failures.labels(endpoint.name, reason)
             for each in BREAKER_STATES:
-                state.labels(endpoint.name, each).set_function(partial(_is_in, endpoint, each))
+                _read(state.labels(endpoint.name, each), partial(_is_in, endpoint, each), registry)
 
     def answered(self, endpoint: str) -> None:
         self._batches.labels(endpoint).inc()
@@ -279,12 +298,35 @@ class BackendMetrics:
         self._fallback.inc()
 
 
+def _read(gauge: Gauge, value: Callable[[], float], registry: CollectorRegistry) -> None:
+    """At each scrape; where several workers have one, also before the scrapes of the others."""
+    if isinstance(registry, SharedRegistry):
+        registry.on_refresh(lambda: gauge.set(value()))
+    else:
+        gauge.set_function(value)
+
+
+def _read_loop_time(registry: CollectorRegistry) -> None:
+    if not isinstance(registry, SharedRegistry):
+        registry.register(_LoopTime())
+        return
+    counter = Counter(_LOOP_TIME, _LOOP_TIME_TEXT, registry=registry)
+    counted_s = 0.0
+
+    def count() -> None:
+        nonlocal counted_s
+        now_s = time.thread_time()
+        counter.inc(now_s - counted_s)
+        counted_s = now_s
+
+    registry.on_refresh(count)
+
+
 class _LoopTime(Collector):
     """Processor time of the thread that scrapes: the event loop's. The loop is one thread, so 1 s per second is all."""
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        text = "Processor time of the event loop: all but inference and decoding."
-        yield CounterMetricFamily("vmoe_event_loop_cpu_seconds", text, value=time.thread_time())
+        yield CounterMetricFamily(_LOOP_TIME, _LOOP_TIME_TEXT, value=time.thread_time())
 
     def describe(self) -> Iterator[CounterMetricFamily]:
         return self.collect()

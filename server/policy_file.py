@@ -82,6 +82,14 @@ class PolicyConfig(_Table):
 
 
 @dataclass(frozen=True)
+class PolicyText:
+    """A policy on its way to another process; fields as of `ActivePolicy`."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True)
 class ActivePolicy:
     """What is in force.
 
@@ -107,6 +115,10 @@ class ActivePolicy:
         """Of the policy in force."""
         table: BaseModel | None = getattr(self.config, self.config.policy.replace("-", "_"), None)
         return {} if table is None else table.model_dump()
+
+    @property
+    def as_text(self) -> PolicyText:
+        return PolicyText(self.text, self.source)
 
     def build(self) -> Policy:
         """A new policy object: what it remembers starts empty."""

@@ -66,9 +66,9 @@ class PolicySource:
             )
         return self._bounded(self._matching(load_policy(self._path, self._manifest, self._ladder)))
 
-    def parse(self, text: str) -> ActivePolicy:
+    def parse(self, text: str, source: str = POSTED) -> ActivePolicy:
         """As `load`, from the text of a policy.toml."""
-        return self._bounded(self._matching(parse_policy(text, self._manifest, self._ladder, POSTED)))
+        return self._bounded(self._matching(parse_policy(text, self._manifest, self._ladder, source)))
 
     def reload(self) -> ActivePolicy:
         """As `load`, for a policy that may have changed since.

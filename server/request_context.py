@@ -11,7 +11,6 @@ import os
 import re
 from typing import cast
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.metrics import INVALID, Metrics
@@ -20,9 +19,9 @@ from server.problems import build_problem, respond
 logger = logging.getLogger(__name__)
 
 CLASSIFY_PATH = "/classify"
-_HEADER = "X-Request-ID"
+_HEADER = b"x-request-id"  # as ASGI has names
 # Goes into logs and headers: short, and no character that could forge a line.
-_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 def request_id_of(scope: Scope) -> str:
@@ -44,8 +43,8 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        sent = Headers(scope=scope).get(_HEADER, "")
-        request_id = sent if _SANE_ID.fullmatch(sent) else os.urandom(16).hex()
+        sent = next((value for name, value in scope["headers"] if name == _HEADER), b"")
+        request_id = sent.decode() if _SANE_ID.fullmatch(sent) else os.urandom(16).hex()
         scope["state"] = {**scope.get("state", {}), "request_id": request_id, "budget": INVALID}
         if scope["path"] != CLASSIFY_PATH:
             await self._answer(scope, receive, send)
@@ -67,7 +66,7 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[_HEADER] = request_id
+                message["headers"] = [*message["headers"], (_HEADER, request_id.encode())]
             await send(message)
 
         try:

@@ -29,6 +29,12 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8080, ge=0, le=65535, description="TCP port to listen on")
+    workers: int = Field(
+        default=1,
+        ge=1,
+        description="processes that serve the port, each with an engine, a queue and a policy of its own; limits are "
+        "of each. docs/workers.md",
+    )
     model_repository: Path = Field(default=Path("model_repository"), description="directory that holds the bundles")
     model: str = Field(default="vmoe-fashion-mnist", description="name of the bundle to serve")
     also: str = Field(
@@ -57,7 +63,12 @@ class Settings(BaseSettings):
     fallback: Literal["none", "embedded"] = Field(
         default="none", description="what runs batches, at the cheapest points allowed, while no Triton server does"
     )
-    threads: int = Field(default=0, ge=0, description="threads of one inference; 0 lets ONNX Runtime choose")
+    threads: int = Field(
+        default=0,
+        ge=0,
+        description="threads of one inference; 0 lets ONNX Runtime choose, and gives each of several workers its share "
+        "of the cores",
+    )
     spinning: bool = Field(
         default=True,
         description="threads of the embedded engine wait on their cores for one another: fast, unless others need them",
@@ -121,6 +132,12 @@ class Settings(BaseSettings):
     def _several_bundles_are_embedded(self) -> Settings:
         if self.also_models and self.backend != "embedded":
             raise ValueError(f"also ({self.also}) needs backend embedded, got {self.backend}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_process_records(self) -> Settings:
+        if self.record is not None and self.workers > 1:
+            raise ValueError(f"record ({self.record}) needs workers 1, got {self.workers}: a trace has one writer")
         return self
 
     @model_validator(mode="after")

@@ -6,15 +6,21 @@ Either a raw body with an image media type, or multipart/form-data with one or s
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect, Request
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+from starlette.requests import Request
 
 from server.admission import Permit
 from server.decode import MEDIA_TYPES, Upload, is_image_type
 from server.errors import BodyTooLarge, ClientGone, ImageTooLarge, MalformedBody, NoImage, UnsupportedMediaType
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 FIELD = "image"
 
@@ -34,14 +40,11 @@ async def read_uploads(request: Request, limits: UploadLimits, permit: Permit) -
     Raises:
         GatewayError: see `errors`; the rest of the body stays unread.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    try:
-        if media_type == "multipart/form-data":
-            return await _read_multipart(request, limits, permit)
-        if is_image_type(media_type):
-            return [Upload(await _read_raw(request, limits, permit), media_type)]
-    except ClientDisconnect as error:
-        raise ClientGone("the client closed the connection during the upload") from error
+    media_type = _without_parameters(request.headers.get("content-type", ""))
+    if media_type == "multipart/form-data":
+        return await _read_multipart(request, limits, permit)
+    if is_image_type(media_type):
+        return [Upload(await _read_raw(request, limits, permit), media_type)]
     raise UnsupportedMediaType(
         f"{media_type or 'a body without media type'!r} is not accepted; send multipart/form-data with the field "
         f"{FIELD!r}, or a body of one of the types {', '.join(MEDIA_TYPES)}"
@@ -49,56 +52,107 @@ async def read_uploads(request: Request, limits: UploadLimits, permit: Permit) -
 
 
 async def _read_raw(request: Request, limits: UploadLimits, permit: Permit) -> bytes:
-    limit = limits.max_image_bytes
-    too_large = ImageTooLarge(f"the image has too many bytes; at most {limit} are accepted")
-    data = b"".join([chunk async for chunk in _limited(request, limit, too_large, permit)])
+    pieces = _limited(request, limits.max_image_bytes, ImageTooLarge, "image", permit)
+    data = b"".join([piece async for piece in pieces])
     if not data:
         raise NoImage("the body is empty; send an image")
     return data
 
 
 async def _read_multipart(request: Request, limits: UploadLimits, permit: Permit) -> list[Upload]:
-    limit = limits.max_body_bytes
-    too_large = BodyTooLarge(f"the body has too many bytes; at most {limit} are accepted")
-    stream = _limited(request, limit, too_large, permit)
+    _, options = parse_options_header(request.headers["content-type"])
+    if (boundary := options.get(b"boundary")) is None:
+        raise MalformedBody("the media type multipart/form-data has no boundary")
+    form = _Form(limits.max_images)
     try:
-        # Form fields without a file name are refused below; one is let through to be named in the message.
-        form = await MultiPartParser(request.headers, stream, max_files=limits.max_images, max_fields=1).parse()
-    except MultiPartException as error:
-        raise MalformedBody(
-            f"{error.message} (at most {limits.max_images} files, all in the field {FIELD!r})"
-        ) from error
-    try:
-        uploads = [await _read_part(name, part) for name, part in form.multi_items()]
-    finally:
-        await form.close()
-    if not uploads:
+        parser = MultipartParser(boundary, form.callbacks)
+        async with aclosing(_limited(request, limits.max_body_bytes, BodyTooLarge, "body", permit)) as pieces:
+            async for piece in pieces:
+                parser.write(piece)
+        parser.finalize()
+    except FormParserError as error:
+        raise MalformedBody("the body is no multipart/form-data with the boundary that its media type names") from error
+    if not form.uploads:
         raise NoImage(f"the form has no file; send one or several in the field {FIELD!r}")
-    permit.add(images=len(uploads) - 1)  # the permit began with one
-    return uploads
+    permit.add(images=len(form.uploads) - 1)  # the permit began with one
+    return form.uploads
 
 
-async def _read_part(name: str, part: UploadFile | str) -> Upload:
-    if name != FIELD:
-        raise MalformedBody(f"unexpected form field {name[:40]!r}; send files in the field {FIELD!r}")
-    if isinstance(part, str):
-        raise MalformedBody(f"the field {FIELD!r} must be a file, with a file name")
-    media_type = (part.content_type or "").partition(";")[0].strip().lower()
-    return Upload(await part.read(), media_type)
+class _Form:
+    """Takes the files out of a form while it is parsed. They stay in memory, where the permit counts them.
+
+    Attributes:
+        uploads: files that are complete.
+        callbacks: for the parser, which may deliver headers and files in pieces; they raise `MalformedBody`.
+    """
+
+    def __init__(self, max_images: int) -> None:
+        self.uploads: list[Upload] = []
+        self._max_images = max_images
+        self.callbacks: MultipartCallbacks = {
+            "on_part_begin": self._begin,
+            "on_header_field": self._header_name,
+            "on_header_value": self._header_value,
+            "on_header_end": self._header_end,
+            "on_headers_finished": self._headers_finished,
+            "on_part_data": self._data,
+            "on_part_end": self._end,
+        }
+
+    def _begin(self) -> None:
+        self._name, self._value = b"", b""
+        self._headers: dict[bytes, bytes] = {}
+        self._pieces: list[bytes] = []
+
+    def _header_name(self, data: bytes, start: int, end: int) -> None:
+        self._name += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _header_end(self) -> None:
+        self._headers[self._name.lower()] = self._value
+        self._name, self._value = b"", b""
+
+    def _headers_finished(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition"))
+        name = options.get(b"name", b"").decode(errors="replace")
+        if name != FIELD:
+            raise MalformedBody(f"unexpected form field {name[:40]!r}; send files in the field {FIELD!r}")
+        if b"filename" not in options:
+            raise MalformedBody(f"the field {FIELD!r} must be a file, with a file name")
+        if len(self.uploads) == self._max_images:
+            raise MalformedBody(f"the form has too many files; at most {self._max_images} are accepted")
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        self._pieces.append(data[start:end])
+
+    def _end(self) -> None:
+        media_type = self._headers.get(b"content-type", b"").decode("latin-1")
+        self.uploads.append(Upload(b"".join(self._pieces), _without_parameters(media_type)))
+
+
+def _without_parameters(media_type: str) -> str:
+    return media_type.partition(";")[0].strip().lower()
 
 
 async def _limited(
-    request: Request, limit: int, too_large: BodyTooLarge | ImageTooLarge, permit: Permit
+    request: Request, limit: int, error: type[BodyTooLarge | ImageTooLarge], what: str, permit: Permit
 ) -> AsyncGenerator[bytes, None]:
-    """The body in pieces; stops with `too_large` at the first byte above the limit, or before the first one when the
+    """The body in pieces; stops with `error` at the first byte above the limit, or before the first one when the
     client announces more."""
+    too_large = f"the {what} has too many bytes; at most {limit} are accepted"
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
-        raise too_large
-    size_bytes = 0
-    async for chunk in request.stream():
-        size_bytes += len(chunk)
+        raise error(too_large)
+    size_bytes, more = 0, True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone("the client closed the connection during the upload")
+        piece, more = message.get("body", b""), message.get("more_body", False)
+        size_bytes += len(piece)
         if size_bytes > limit:
-            raise too_large
-        permit.add(size_bytes=len(chunk))
-        yield chunk
+            raise error(too_large)
+        permit.add(size_bytes=len(piece))
+        yield piece
