@@ -76,6 +76,11 @@ bench-gateway: $(VENV)/.full $(FASHION_MNIST)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m tests.benchmarks.gateway_peers
 
+# One gateway, two workers, two workers on one engine process; writes a table into docs/bench. Five minutes.
+.PHONY: bench-workers
+bench-workers: $(VENV)/.full $(FASHION_MNIST)
+	$(BIN)/python -m tests.benchmarks.workers
+
 # What fleets hold, simulated; prints the tables of docs/scaling.md. Took 13 minutes beside other work.
 bench-fleet: $(VENV)/.full
 	$(BIN)/python -m tests.benchmarks.fleet

@@ -12,6 +12,7 @@ the 90th percentile), and 17 (21) with a socket each: `python -m tests.benchmark
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -29,8 +30,8 @@ def reserved(host: str, port: int) -> Iterator[list[Address]]:
     Raises:
         ListenError: the host is unknown, or somebody listens there.
     """
-    if not hasattr(socket, "SO_REUSEPORT"):
-        raise ListenError("several workers need SO_REUSEPORT, which this system lacks; start one")
+    if sys.platform != "linux":
+        raise ListenError(f"several workers need Linux, which spreads connections, this is {sys.platform}; start one")
     addresses: list[Address] = []
     with ExitStack() as stack:
         try:

@@ -126,13 +126,9 @@ class Supervisor:
         """Returns when all workers have ended."""
         for number in self._backoffs:
             self._start(number)
-        for _, address in self._addresses:
-            logger.info(
-                "%d workers with %d threads each on http://%s:%s",
-                self._settings.workers,
-                self._settings.threads,
-                *address[:2],
-            )
+        workers, threads = self._settings.workers, self._settings.threads
+        for _, (host, port, *_) in self._addresses:
+            logger.info("%d workers, %d threads in each engine, listen on %s port %s", workers, threads, host, port)
         while self._workers or self._due:
             self._wait()
 

@@ -5,11 +5,13 @@ For the shipped model, S/32 and B/16 (these with random weights), at batch 1 and
     ours        the exported graph at seven operating points and with no slots at all
     peers       the same without the class-token shortcut, the first graph that was shipped, every expert on every
                 token, padded buffers, the dense ViT of the same backbone, PyTorch eager and compiled
-    peak        one MatMul with a constant (packed) weight, as large as the model's largest
+    peak        one MatMul with a constant (packed) weight, as large as the model's largest, and one of a single row
+                with a weight that no cache holds
 
 All figures are medians over the rounds, and ratios of them. FLOPs are counted for what each run really computed (a
 multiplication and an addition are two), so that a ratio of times can be held against the ratio of FLOPs, its bound
-where arithmetic is all that costs. An entry that has been timed for `ENTRY_S` leaves the rounds, so that the whole
+where arithmetic is all that costs. An expert with few rows takes at least as long as its weights take to be read: the
+other bound. An entry that has been timed for `ENTRY_S` leaves the rounds, so that the whole
 takes a quarter of an hour of two undisturbed cores. Writes model_speed.json, .md and .png.
 """
 
@@ -24,6 +26,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +42,7 @@ from exporter.cuda import PaddedLayers
 from exporter.machine import processor
 from exporter.moe_graph import MoeLayers
 from tests.benchmarks.interleaved import times_s
-from tests.benchmarks.model_speed_page import Findings, Timed, page, plot
+from tests.benchmarks.model_speed_page import MATMUL, READ, Findings, Timed, page, plot
 from tests.benchmarks.model_subjects import (
     CASES,
     CHEAP,
@@ -52,6 +55,7 @@ from tests.benchmarks.model_subjects import (
     feeds_of,
     fetch,
     open_session,
+    pair_gflop,
 )
 from tests.benchmarks.operator_profile import Profile, profile
 from tests.benchmarks.peer_graphs import MaskedLayers, packed_matmul
@@ -59,9 +63,10 @@ from tests.benchmarks.torch_compiled import BATCHES, compile_within, compiled, r
 
 OUT = Path("docs/bench")
 PEAK_ROWS = 1568  # B/16 at batch 8: enough that the weights' way through the caches is no part of it
+READ_BYTES = 256 << 20
 ENTRY_S = 6.0  # chosen, not tuned: two samples of B/16 at batch 8
 
-Entry = tuple[str, str, float | None, Callable[[], object]]  # way, case, gflop, run
+Entry = tuple[str, str, float | None, tuple[int, ...], Callable[[], object]]  # way, case, gflop, expert rows, run
 
 
 def open_sessions(subject: Subject) -> dict[str, ort.InferenceSession]:
@@ -82,7 +87,6 @@ def onnx_entries(subject: Subject, batch: int, sessions: Mapping[str, ort.Infere
     """Every way and case that runs in ONNX Runtime."""
     config = subject.config
     assert config.moe is not None
-    pair_gflop = 4 * config.hidden_size * config.mlp_dim / 1e9
     mixed = (MIXED,) if batch > 1 else ()
     for way, session in sessions.items():
         cases = {
@@ -95,21 +99,21 @@ def onnx_entries(subject: Subject, batch: int, sessions: Mapping[str, ort.Infere
             dense = replace(config, moe=None)
             feeds = feeds_of(dense if way == "dense" else config, batch, case)
             shortcut = subject.shortcut and way != "without shortcut"
-            gflop = None
+            gflop, rows = None, ()
             if way == "dense":
                 gflop = dense_gflop(dense, batch, shortcut=shortcut)
             elif way in ("ours", "without shortcut"):
                 (experts,) = session.run(["token_experts"], feeds)
-                gflop = dense_gflop(config, batch, shortcut=shortcut)
-                gflop += pair_gflop * expert_rows(config, experts, shortcut=shortcut)
-            yield way, case, gflop, fetch(session, feeds)
+                rows = expert_rows(config, experts, shortcut=shortcut)
+                gflop = dense_gflop(config, batch, shortcut=shortcut) + pair_gflop(config) * sum(rows)
+            yield way, case, gflop, rows, fetch(session, feeds)
 
 
 def torch_entries(subject: Subject, batch: int, calls: Mapping[str, Callable[..., object]]) -> Iterator[Entry]:
     for case in (str(FULL), str(CHEAP)):
         inputs = torch_inputs(subject, batch, case)
         for way, call in calls.items():
-            yield way, case, None, lambda call=call, inputs=inputs: run(call, inputs)
+            yield way, case, None, (), lambda call=call, inputs=inputs: run(call, inputs)
 
 
 def alone_or_in_a_batch(subject: Subject, session: ort.InferenceSession) -> float:
@@ -143,20 +147,20 @@ def measure(
                 calls["torch.compile"] = compiled(subject.torch_model())
     sessions = open_sessions(subject)
     size, width = subject.config.hidden_size, subject.config.mlp_dim
-    peak = open_session(ir.to_proto(packed_matmul(PEAK_ROWS, size, width)).SerializeToString(), subject.threads)
-    x = np.random.default_rng(0).standard_normal((PEAK_ROWS, size)).astype(np.float32)
-    entries: list[tuple[int, Entry]] = [
-        (0, ("peak", "MatMul", 2 * PEAK_ROWS * size * width / 1e9, lambda: peak.run(None, {"x": x})))
-    ]
+    entries: list[tuple[int, Entry]] = []
+    for case, rows, columns in ((MATMUL, PEAK_ROWS, width), (READ, 1, READ_BYTES // (4 * size))):
+        peak = open_session(ir.to_proto(packed_matmul(rows, size, columns)).SerializeToString(), subject.threads)
+        x = np.random.default_rng(0).standard_normal((rows, size)).astype(np.float32)
+        entries.append((0, ("peak", case, 2 * rows * size * columns / 1e9, (), partial(peak.run, None, {"x": x}))))
     for batch in BATCHES:
         entries += [(batch, entry) for entry in onnx_entries(subject, batch, sessions)]
         entries += [(batch, entry) for entry in torch_entries(subject, batch, calls)]
     task = progress.add_task(subject.name, total=(rounds + 1) * len(entries))
-    calls_of_entries = [call for _, (_, _, _, call) in entries]
+    calls_of_entries = [call for _, (*_, call) in entries]
     samples = times_s(calls_of_entries, rounds, lambda: progress.advance(task), call_s=ENTRY_S)
     timed = [
-        Timed(subject.name, batch, way, case, statistics.median(times), len(times), gflop)
-        for (batch, (way, case, gflop, _)), times in zip(entries, samples, strict=True)
+        Timed(subject.name, batch, way, case, statistics.median(times), len(times), gflop, rows)
+        for (batch, (way, case, gflop, rows, _)), times in zip(entries, samples, strict=True)
     ]
     profiles = [
         profile(subject, batch, str(point), feeds_of(subject.config, batch, str(point)))
@@ -181,7 +185,7 @@ def main(
         raise typer.BadParameter(f"--only has {', '.join(sorted(unknown))}; models are {', '.join(names)}")
     threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    findings = Findings([], [], {}, {}, {})
+    findings = Findings([], [], {}, {}, {}, {})
     with Progress() as progress:
         for name in (names[each] for each in wanted):
             with tempfile.TemporaryDirectory() as folder:
@@ -193,6 +197,7 @@ def main(
             findings.profiles.extend(profiles)
             findings.difference[name] = difference
             findings.shortcut[name] = subject.shortcut
+            findings.pair_gflop[name] = pair_gflop(subject.config)
             if missing is not None:
                 findings.without_compile[name] = missing
             gc.collect()

@@ -17,7 +17,10 @@ NOTES = """\
 buffers for the batch's largest number of slots, with batched MatMul. *masked*: every expert on every token, without the
 shortcut. *dense*: the ViT of the same backbone. torch: the model of this repository, all at K up to 2; torch.compile
 runs experts, whose sizes depend on the image, eagerly. On AMD, torch's MKL takes another path than on Intel, about
-twice as slow. *mixed*: half of the batch at either end. The bound of a ratio of times is the ratio of FLOPs."""
+twice as slow. *mixed*: half of the batch at either end. The bound of a ratio of times is the ratio of FLOPs. *With
+weights read*: the time of every expert is that of its FLOPs at the packed MatMul's rate, or that of reading its weights
+at the rate at which one row is multiplied by a weight that no cache holds, whichever is longer."""
+MATMUL, READ = "MatMul", "read"  # cases of the way `peak`
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Timed:
     Attributes:
         rounds: samples behind the median.
         gflop: of one run; null where it is not counted.
+        expert_rows: rows of every expert of every layer that has any, where they are counted.
     """
 
     model: str
@@ -36,6 +40,7 @@ class Timed:
     median_s: float
     rounds: int
     gflop: float | None
+    expert_rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Findings:
     difference: by model, the largest in any probability between an image alone and in a batch.
     shortcut: by model, whether the class-token shortcut applies.
     without_compile: by model, why torch.compile was not timed.
+    pair_gflop: by model, one token's way through one expert.
     """
 
     timed: list[Timed]
@@ -51,6 +57,7 @@ class Findings:
     difference: dict[str, float]
     shortcut: dict[str, bool]
     without_compile: dict[str, str]
+    pair_gflop: dict[str, float]
 
 
 class Figures:
@@ -68,7 +75,7 @@ class Figures:
 
     def share(self, model: str, batch: int, case: str = str(FULL)) -> float | None:
         """Of the packed MatMul's rate, ours."""
-        key, peak = (model, batch, "ours", case), (model, 0, "peak", "MatMul")
+        key, peak = (model, batch, "ours", case), (model, 0, "peak", MATMUL)
         if key not in self.by or peak not in self.by:
             return None
         rates = [self.by[each].gflop for each in (key, peak)]
@@ -85,6 +92,23 @@ class Figures:
         keys = [(model, batch, way, str(point)) for point in (CHEAP, FULL)]
         counts = [self.by[key].gflop for key in keys if key in self.by]
         return counts[0] / counts[1] if len(counts) == 2 and counts[0] and counts[1] else None
+
+    def read(self, model: str, batch: int, way: str) -> float | None:
+        """As `flops`, of the least times with the reading of weights."""
+        keys = [(model, batch, way, str(point)) for point in (CHEAP, FULL)]
+        peaks = [(model, 0, "peak", case) for case in (MATMUL, READ)]
+        if not self.by.keys() >= {*keys, *peaks}:
+            return None
+        rate_hz, read_hz = (1e9 * (self.by[peak].gflop or 0) / self.by[peak].median_s for peak in peaks)
+        pair = 1e9 * self.findings.pair_gflop[model]
+        # As many operations as the product of one row has, which reads every number of the weights once.
+        reading_s = pair / read_hz
+        least_s = []
+        for key in keys:
+            rows = self.by[key].expert_rows
+            others_s = (1e9 * (self.by[key].gflop or 0) - pair * sum(rows)) / rate_hz
+            least_s.append(others_s + sum(max(each * pair / rate_hz, reading_s) for each in rows))
+        return least_s[0] / least_s[1]
 
     def over_ours(self, model: str, batch: int, way: str, case: str) -> float | None:
         return self.ratio((model, batch, way, case), (model, batch, "ours", case))
@@ -107,6 +131,7 @@ class Target:
     """Attributes:
     least: whether the bound is a lower one.
     possible: what arithmetic alone allows, where that is known.
+    with_reading: what it allows together with the reading of weights.
     """
 
     what: str
@@ -114,6 +139,7 @@ class Target:
     bound: float
     least: bool
     possible: Callable[[Figures], float | None] = lambda figures: None
+    with_reading: Callable[[Figures], float | None] = lambda figures: None
 
     def row(self, figures: Figures) -> str:
         value = self.value(figures)
@@ -126,6 +152,8 @@ class Target:
         verdict = "reached" if reached else "missed"
         if possible is not None:
             verdict += f"; FLOPs alone: {possible:.3f}"
+        if (with_reading := self.with_reading(figures)) is not None:
+            verdict += f"; with weights read: {with_reading:.3f}"
         return f"| {self.what} | {wanted} | {shown} | {verdict} |"
 
 
@@ -142,6 +170,7 @@ def _targets() -> Iterator[Target]:
                 bound,
                 False,
                 lambda f, m=model, b=batch, w=way: f.flops(m, b, w),
+                lambda f, m=model, b=batch, w=way: f.read(m, b, w),
             )
     for model, bound in (("S/32", 1.13), ("B/16", 1.06)):
         what = f"{model}, batch 1, {FULL}: without the class-token shortcut over with it"
@@ -183,10 +212,13 @@ def page(findings: Findings, machine: str) -> str:
 
 
 def _model(figures: Figures, model: str) -> Iterator[str]:
-    findings, peak = figures.findings, figures.by[model, 0, "peak", "MatMul"]
+    findings, peak = figures.findings, figures.by[model, 0, "peak", MATMUL]
     assert peak.gflop is not None
     applies = "applies" if findings.shortcut[model] else "does not apply: the head reads all tokens"
     yield f"\n## {model}\n\nPacked MatMul: {peak.gflop / peak.median_s:.0f} GFLOP/s."
+    if (reading := figures.by.get((model, 0, "peak", READ))) is not None:
+        assert reading.gflop is not None
+        yield f"One row by a weight that no cache holds: {2 * reading.gflop / reading.median_s:.0f} GB/s."
     yield f"The class-token shortcut {applies}."
     if model in findings.without_compile:
         yield f"torch.compile: {findings.without_compile[model]}."

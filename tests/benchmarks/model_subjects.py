@@ -80,13 +80,23 @@ def dense_gflop(config: ModelConfig, batch: int, *, shortcut: bool) -> float:
     return batch * total / 1e9
 
 
-def expert_rows(config: ModelConfig, experts: npt.NDArray[np.int64], *, shortcut: bool) -> int:
-    """Kept pairs that are computed; experts: (B, L, S, K), -1 where nobody served."""
-    kept = (experts >= 0).sum(axis=3)  # (B, L, S)
+def pair_gflop(config: ModelConfig) -> float:
+    """One token's way through one expert."""
+    return 4 * config.hidden_size * config.mlp_dim / 1e9
+
+
+def expert_rows(config: ModelConfig, experts: npt.NDArray[np.int64], *, shortcut: bool) -> tuple[int, ...]:
+    """Kept pairs that each expert of each layer computes, without those that have none.
+
+    Arguments:
+        experts: (B, L, S, K), -1 where nobody served.
+    """
     assert config.moe is not None
+    computed = experts.copy()
     if shortcut and config.moe.layers[-1] == config.num_layers - 1:
-        kept[:, -1, 1:] = 0
-    return int(kept.sum())
+        computed[:, -1, 1:] = -1
+    by_layer = (layer[layer >= 0] for layer in computed.swapaxes(0, 1))
+    return tuple(int(rows) for chosen in by_layer for rows in np.bincount(chosen.ravel()) if rows)
 
 
 def first_bundle(folder: Path) -> Bundle | None:

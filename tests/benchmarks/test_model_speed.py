@@ -41,6 +41,7 @@ FINDINGS = Findings(
     {"S/32": 2e-7},
     {"S/32": True},
     {},
+    {"S/32": 0.5},
 )
 
 
@@ -61,8 +62,19 @@ def test_target_on_the_page_has_the_measured_ratio_and_its_verdict(what: str, me
 
 
 def test_every_target_is_known_as_not_measured_without_figures() -> None:
-    nothing = Figures(Findings([], [], {}, {}, {}))
+    nothing = Figures(Findings([], [], {}, {}, {}, {}))
     assert all(target.row(nothing).endswith("| - | not measured |") for target in TARGETS)
+
+
+def test_bound_takes_the_reading_of_weights_where_an_expert_has_few_rows() -> None:
+    # 100 GFLOP/s and 10 GFLOP/s of one row: an expert's weights are read in the time of 10 of its rows.
+    ours = [
+        Timed("S/32", 1, "ours", str(FULL), 1.0, 3, 10 + 0.5 * 40, (20, 20)),
+        Timed("S/32", 1, "ours", str(CHEAP), 1.0, 3, 10 + 0.5 * 4, (2, 2)),
+    ]
+    figures = Figures(replace(FINDINGS, timed=[*FINDINGS.timed, timed("S/32", 0, "peak", "read", 0.1, 1.0), *ours]))
+    assert figures.flops("S/32", 1, "ours") == pytest.approx(12 / 30)
+    assert figures.read("S/32", 1, "ours") == pytest.approx((0.1 + 2 * 0.05) / (0.1 + 2 * 0.1))
 
 
 def test_page_names_the_limit_that_torch_compile_ran_into() -> None:
@@ -93,8 +105,8 @@ def test_gflop_counted_for_ours_are_those_that_torch_counts_when_all_slots_are_f
 def test_ways_run_and_an_image_alone_differs_from_one_in_a_batch_by_rounding(subject: Subject) -> None:
     sessions = {"ours": subject.session("ours", MoeLayers, shortcut=True)}
     entries = list(onnx_entries(subject, 8, sessions))
-    assert [case for _, case, _, _ in entries][-1] == "mixed"
-    gflop = {case: count for _, case, count, _ in entries if count is not None}
+    assert [case for _, case, *_ in entries][-1] == "mixed"
+    gflop = {case: count for _, case, count, *_ in entries if count is not None}
     assert gflop["no slots"] < gflop[str(CHEAP)] < gflop["mixed"] < gflop[str(FULL)]
     assert alone_or_in_a_batch(subject, sessions["ours"]) < 1e-6
 

@@ -21,6 +21,7 @@ from server.backends.base import Backend, Batch, Outputs
 from server.backends.choice import create_backend
 from server.backends.ort import OrtBackend
 from server.settings import Settings
+from server.workers.link import Link
 from vmoe.config import ModelConfig, MoeConfig
 from vmoe.operating_point import OperatingPoint
 from vmoe.preprocess import Preprocessing
@@ -128,6 +129,7 @@ def serving(
     *,
     wait: bool = True,
     models: Sequence[str] = (),
+    link: Link | None = None,
     **values: object,
 ) -> Iterator[httpx.Client]:
     """A real server on a free port, warm unless told not to wait; stopped, with nothing left in flight, at the end.
@@ -135,10 +137,12 @@ def serving(
     Arguments:
         backend: default: that of the settings.
         models: see `server.combine`.
+        link: to a supervisor.
         values: of settings.
     """
     registry, settings = CollectorRegistry(), Settings(**values)  # type: ignore[arg-type]
-    server = create_server(settings, bundle, backend or create_backend(settings, bundle, registry), registry, models)
+    backend = backend or create_backend(settings, bundle, registry)
+    server = create_server(settings, bundle, backend, registry, models, link)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
