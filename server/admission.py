@@ -7,8 +7,7 @@ queue together stay within the limits. What does not fit is refused at once.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Self
 
 from server.errors import QueueFull
 from server.metrics import Metrics
@@ -29,19 +28,9 @@ class Admission:
         self._empty = asyncio.Event()
         self._empty.set()
 
-    @contextmanager
-    def permit(self, budget: str) -> Iterator[Permit]:
-        """Lasts from the first byte of the body to the answer; refusals count as shed under `budget`.
-
-        Raises:
-            QueueFull: no image more fits.
-        """
-        permit = Permit(self, budget)
-        permit.add(images=1)
-        try:
-            yield permit
-        finally:
-            permit.release()
+    def permit(self, budget: str) -> Permit:
+        """To be entered, from the first byte of the body to the answer; refusals count as shed under `budget`."""
+        return Permit(self, budget)
 
     async def wait_empty(self) -> None:
         """Until everything that was admitted is answered."""
@@ -74,12 +63,17 @@ class Permit:
         self._images = 0
         self._size_bytes = 0
 
+    def __enter__(self) -> Self:
+        """Raises `QueueFull` where no image more fits."""
+        self.add(images=1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._admission.give_back(self._images, self._size_bytes)
+        self._images = self._size_bytes = 0
+
     def add(self, images: int = 0, size_bytes: int = 0) -> None:
         """Raises `QueueFull` where that does not fit; what was admitted before stays so."""
         self._admission.take(images, size_bytes, self._budget)
         self._images += images
         self._size_bytes += size_bytes
-
-    def release(self) -> None:
-        self._admission.give_back(self._images, self._size_bytes)
-        self._images = self._size_bytes = 0

@@ -94,8 +94,10 @@ def explain_tokens(token_experts: npt.NDArray[np.int64], architecture: ModelConf
 def server_timing(results: Sequence[Result]) -> str:
     """The header `Server-Timing`: stages of the slowest image."""
     times = max((result.times for result in results), key=lambda times: times.total_ms)
-    stages = {"decode": times.decode_ms, "queue": times.queue_ms, "inference": times.inference_ms}
-    return ", ".join(f"{stage};dur={ms:g}" for stage, ms in (stages | {"total": times.total_ms}).items())
+    return (
+        f"decode;dur={times.decode_ms:g}, queue;dur={times.queue_ms:g}, "
+        f"inference;dur={times.inference_ms:g}, total;dur={times.total_ms:g}"
+    )
 
 
 def describe_model(manifest: Manifest, policy: ActivePolicy, ladder: Ladder) -> Model:

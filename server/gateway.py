@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,8 @@ from server.work import Inference, Work
 from server.workers.link import Link
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 # starting -> ready -> leaving (still serves, for load balancers to notice) -> draining (finishes what is inside)
 State = Literal["starting", "ready", "leaving", "draining", "failed"]
@@ -242,21 +244,12 @@ class Gateway:
             GatewayError: the request as a whole failed.
         """
         uploaded_s = asyncio.get_running_loop().time()
-        tasks: list[asyncio.Task[Served | ImageError]] = []
+        work = [self._classify_one(upload, ask, arrival_s, uploaded_s) for upload in uploads]
         try:
             async with asyncio.timeout_at(uploaded_s + self._request_timeout_s):
-                if len(uploads) == 1:  # the common case needs no task
-                    return [await self._classify_one(uploads[0], ask, arrival_s, uploaded_s)]
-                for upload in uploads:
-                    tasks.append(asyncio.create_task(self._classify_one(upload, ask, arrival_s, uploaded_s)))
-                return await asyncio.gather(*tasks)
+                return [await work[0]] if len(work) == 1 else await _all_or_none(work)  # one needs no task
         except TimeoutError as error:
             raise DeadlineExceeded(f"no answer within {self._request_timeout_s:g} s") from error
-        finally:
-            # The first failure ends the request; its other images must not go on in the background.
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _classify_one(self, upload: Upload, ask: Ask, arrival_s: float, uploaded_s: float) -> Served | ImageError:
         request = Request(
@@ -268,7 +261,10 @@ class Gateway:
             size_bytes=self._image_bytes,
             pinned=ask.pinned is not None,
         )
-        self._engine.check(request)
+        # What `infer` will refuse is better refused before it is decoded. For small images a second look at the queue
+        # is worth its time only while some are refused.
+        if self._engine.sheds or not self._decoder.is_small(upload):
+            self._engine.check(request)
         now = asyncio.get_running_loop().time
         started_s = now()
         try:
@@ -344,3 +340,14 @@ class Gateway:
         costs = [1.0 if rung.measured is None else rung.measured.relative_compute for rung in self.ladder.rungs]
         single_s, full_batch_s = max(single_s, _CLOCK_S), max(full_batch_s, _CLOCK_S)
         return LatencyModel.guess(costs, single_s, full_batch_s, self._max_batch_size, self.policy.config.quantile)
+
+
+async def _all_or_none(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """At once. The first failure ends the others: they must not go on in the background."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

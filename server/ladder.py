@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from exporter.bundle import Manifest, Point
 from vmoe.operating_point import OperatingPoint
@@ -40,6 +41,11 @@ class Rung:
     @property
     def num_selected_experts(self) -> int:
         return 0 if self.point is None else self.point.num_selected_experts
+
+    @cached_property
+    def name(self) -> str:
+        """Of a measured point: C, K, and the bundle where that is not the served one."""
+        return f"{self.point} {self.model}".rstrip()
 
     @property
     def num_slots(self) -> int:

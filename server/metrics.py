@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -57,6 +57,7 @@ class _BudgetSeries:
     missed: Counter
     degraded: Counter
     effective_accuracy: Counter
+    served: dict[str, Counter]
 
 
 class Metrics:
@@ -138,10 +139,8 @@ class Metrics:
         self._kept = [kept.labels(str(layer)) for layer in layers]
         self._expert_tokens = [[tokens.labels(str(layer), str(e)) for e in range(num_experts)] for layer in layers]
 
-    @contextmanager
-    def request_in_flight(self) -> Iterator[None]:
-        with self._in_flight.track_inprogress():
-            yield
+    def request_in_flight(self) -> AbstractContextManager[None]:
+        return self._in_flight.track_inprogress()
 
     def request_done(self, budget: str, status: int, seconds: float) -> None:
         if (series := self._done.get((budget, status))) is None:
@@ -210,11 +209,12 @@ class Metrics:
             series.missed.inc()
         if inference.degraded:
             series.degraded.inc()
+        name = DENSE if rung.point is None else CUSTOM if rung.measured is None else rung.name
+        if (served := series.served.get(name)) is None:
+            served = series.served[name] = self._served.labels(name, budget)
+        served.inc()
         if rung.point is None:
-            self._served.labels(DENSE, budget).inc()
             return
-        name = CUSTOM if rung.measured is None else f"{rung.measured.operating_point} {rung.model}".rstrip()
-        self._served.labels(name, budget).inc()
         self._capacity_factor.observe(rung.point.capacity_factor)
         self._num_selected_experts.observe(rung.num_selected_experts)
         for kept, share in zip(self._kept, inference.kept, strict=True):
@@ -236,6 +236,7 @@ class Metrics:
                 missed=self._deadlines.labels(budget, "missed"),
                 degraded=self._degraded.labels(budget),
                 effective_accuracy=self._effective_accuracy.labels(budget),
+                served={},
             )
         return series
 
