@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from server.connection import Connection
@@ -100,15 +100,21 @@ def test_client_when_it_sends_requests_ahead_then_all_are_answered_in_order(serv
 
 
 class Wire(asyncio.Transport):
-    """Takes what is written, and remembers whether the connection reads."""
+    """Remembers what is written, and whether the connection reads."""
 
-    reads = True
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = True
+        self.written: list[bytes] = []
 
     def get_extra_info(self, name: str, default: object = None) -> object:
         return default
 
     def is_closing(self) -> bool:
-        return False
+        return b"closed" in self.written
+
+    def close(self) -> None:
+        self.written.append(b"closed")
 
     def pause_reading(self) -> None:
         self.reads = False
@@ -116,8 +122,40 @@ class Wire(asyncio.Transport):
     def resume_reading(self) -> None:
         self.reads = True
 
-    def write(self, data: object) -> None:
-        raise AssertionError("nobody answers")
+    def write(self, data: bytes) -> None:  # type: ignore[override]
+        self.written.append(data)
+
+
+async def exchange(app: ASGIApp, *requests: bytes) -> Wire:
+    """Lets an application answer, as far as it gets without waiting for anything from outside."""
+    config = uvicorn.Config(app, http=Connection, ws="none", log_config=None)
+    config.load()
+    state, wire = ServerState(), Wire()
+    connection = Connection(config, state, {}, asyncio.get_running_loop())
+    connection.connection_made(wire)
+    for request in requests:
+        connection.data_received(request)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    for task in state.tasks:
+        task.cancel()
+    connection.connection_lost(None)
+    return wire
+
+
+def start(**headers: str) -> Message:
+    return {
+        "type": "http.response.start",
+        "status": 200,
+        "headers": [(name.encode().replace(b"_", b"-"), value.encode()) for name, value in headers.items()],
+    }
+
+
+def body(data: bytes, *, more: bool = False) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": more}
+
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -127,17 +165,57 @@ def test_connection_when_a_large_body_is_complete_then_it_reads_on_unless_reques
     async def never(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.Event().wait()
 
-    async def receive_all() -> bool:
-        config = uvicorn.Config(never, http=Connection, ws="none", log_config=None)
-        config.load()
-        state, wire = ServerState(), Wire()
-        connection = Connection(config, state, {}, asyncio.get_running_loop())
-        connection.connection_made(wire)
-        body = bytes(70_000)  # uvicorn stops reading at 64 KiB of a body
-        for _ in range(1 + ahead):
-            connection.data_received(HEAD % len(body) + body)
-        for task in state.tasks:
-            task.cancel()
-        return wire.reads
+    large = bytes(70_000)  # uvicorn stops reading at 64 KiB of a body
+    wire = asyncio.run(exchange(never, *[HEAD % len(large) + large] * (1 + ahead)))
+    assert wire.reads == (not ahead)
 
-    assert asyncio.run(receive_all()) == (not ahead)
+
+def test_connection_when_an_answer_has_a_body_then_head_and_body_leave_in_one_piece() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(start(content_length="2"))
+        await send(body(b"ok"))
+
+    first, second, *_ = asyncio.run(exchange(app, GET, GET)).written
+    assert first == second
+    assert first.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert first.endswith(b"\r\n\r\nok")
+
+
+@pytest.mark.parametrize(("method", "length"), [(b"HEAD", "2"), (b"GET", "0")])
+def test_connection_when_an_answer_has_no_body_then_its_head_leaves(method: bytes, length: str) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(start(content_length=length))
+        await send(body(b"ok" if length == "2" else b""))
+
+    head, *rest = asyncio.run(exchange(app, GET.replace(b"GET", method))).written
+    assert head.endswith(b"\r\n\r\n")
+    assert rest == [b"closed"]
+
+
+def test_connection_when_an_answer_comes_in_pieces_then_each_leaves_when_it_is_sent() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(start(content_length="6"))
+        for piece in (b"ab", b"cd", b"ef"):
+            await send(body(piece, more=piece != b"ef"))
+
+    head, *rest = asyncio.run(exchange(app, GET)).written
+    assert head.endswith(b"\r\n\r\nab")
+    assert rest == [b"cd", b"ef", b"closed"]
+
+
+def test_connection_when_an_application_breaks_behind_the_head_then_it_leaves_before_the_end() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(start(content_length="2"))
+        raise ZeroDivisionError
+
+    head, *rest = asyncio.run(exchange(app, GET)).written
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert set(rest) == {b"closed"}
+
+
+def test_connection_when_a_client_waits_for_100_continue_then_it_gets_it_at_once() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+
+    request = HEAD.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n") % 3
+    assert asyncio.run(exchange(app, request)).written[0] == b"HTTP/1.1 100 Continue\r\n\r\n"
