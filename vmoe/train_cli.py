@@ -21,6 +21,7 @@ from vmoe.evaluate import evaluate as evaluate_points
 from vmoe.finetune import FINE_TUNING, for_task
 from vmoe.model import VisionTransformer
 from vmoe.operating_point import OperatingPoint
+from vmoe.options import DataOption, MeanOption, StdOption
 from vmoe.parallel import process_group
 from vmoe.preprocess import Preprocessing, parse_channel_values
 from vmoe.recipe_options import Recipe, recipe_options
@@ -34,16 +35,11 @@ logger = logging.getLogger(__name__)
 GLIMPSE = 2000  # test images looked at after each epoch: a full pass would take a tenth of the run
 
 OutputOption = Annotated[Path, typer.Option(help="Directory of the run: checkpoint and log.jsonl.")]
-DataOption = Annotated[Path, typer.Option(help="IDX directory or image folder.")]
 ClassesOption = Annotated[
     str | None, typer.Option(help="Only these classes of the data, such as 0-4 or 0,2,5-7; the head fits them.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there is one.")]
 ResumeOption = Annotated[bool, typer.Option(help="Continue the run in --output if it holds a checkpoint.")]
-MeanOption = Annotated[
-    str | None, typer.Option(help="Of pixels scaled to 0..1, per channel, instead of the source's: 0.485,0.456,0.406.")
-]
-StdOption = Annotated[str | None, typer.Option(help="Per channel, as --mean.")]
 SaveEveryOption = Annotated[float, typer.Option(help="Seconds between checkpoints; the last step writes one, too.")]
 
 
