@@ -90,10 +90,15 @@ class TritonBackend:
             raise _answer(error, asyncio.get_running_loop().time(), batch) from error
 
     async def close(self) -> None:
-        for probe in self._probes:
+        """Lets go of the connections, too. FastAPI's caches keep the application, and all that it refers to, until the
+        interpreter ends, where gRPC 1.67 cannot free a channel without an error (https://github.com/grpc/grpc/issues/38679).
+        """
+        probes, links = self._probes, list(self._links.values())
+        self._probes, self._links = [], {}
+        for probe in probes:
             probe.cancel()
-        await asyncio.gather(*self._probes, return_exceptions=True)
-        await asyncio.gather(*(link.close() for link in self._links.values()))
+        await asyncio.gather(*probes, return_exceptions=True)
+        await asyncio.gather(*(link.close() for link in links))
 
 
 def _answer(error: CallFailed, now: float, batch: Batch) -> GatewayError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
@@ -425,3 +427,31 @@ def test_fallback_when_the_model_fails_or_time_is_up_then_the_engine_is_not_aske
         assert not embedded.batches
 
     run(scenario, servers=1)
+
+
+def test_close_then_no_connection_is_held_by_a_backend_that_others_still_hold() -> None:
+    made: list[weakref.ref[ScriptedClient]] = []
+
+    def connect(url: str, manifest: Manifest) -> ScriptedClient:
+        client = ScriptedClient(replace(served(), parameters={}))
+        made.append(weakref.ref(client))
+        return client
+
+    async def main() -> TritonBackend:
+        backend = TritonBackend(
+            small_manifest(),
+            ["host:8001"],
+            timeout_s=TIMEOUT_S,
+            probe_s=PROBE_S,
+            metrics=BackendMetrics(CollectorRegistry()),
+            connect=connect,
+        )
+        await backend.start(lambda: None)
+        await asyncio.sleep(2 * PROBE_S)
+        await backend.close()
+        return backend
+
+    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
+        backend = runner.run(main())
+    gc.collect()
+    assert [reference() for reference in made] == [None], f"{backend} holds it"
