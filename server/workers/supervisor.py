@@ -153,6 +153,8 @@ class Supervisor:
                 self._start(number)
 
     def _start(self, number: int) -> None:
+        if self._stopping:  # another one could not be started
+            return
         ours, theirs = self._context.Pipe()
         replaces = number in self._proven
         start = Start(self._settings, number, self._addresses, self._directory, self._policy, replaces)

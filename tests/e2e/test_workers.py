@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -256,6 +257,16 @@ def test_metrics_of_any_worker_are_the_sum_over_both(fleet: Fleet) -> None:
         # Wherever both have a share: at most what two threads can have had since their start.
         assert 0 < found["vmoe_event_loop_cpu_seconds_total"] < process_tree.cpu_s(fleet.process.pid)
     text = fleet.ask("GET", "/metrics").text
+    documented = set(re.findall(r"`(vmoe_[a-z_]+)`", (ROOT / "docs/metrics.md").read_text()))
+    rare = {
+        "vmoe_image_errors_total",
+        "vmoe_shed_images_total",
+        "vmoe_failed_images_total",
+        "vmoe_fallback_batches_total",
+    }
+    expected = {name for name in documented - rare if "endpoint" not in name}
+    assert len(expected) > 25
+    assert expected <= set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
     checked = subprocess.run(
         [tool("promtool"), "check", "metrics"], input=text, capture_output=True, text=True, check=False
     )
