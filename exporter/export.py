@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from exporter.bundle import InputType, Manifest, Provenance, StorageType, Target, sha256
+from exporter.bundle import InputType, Manifest, Parity, Provenance, StorageType, Target, sha256
 from exporter.cuda import HalfProducts, PaddedLayers
 from exporter.graph import build_graph
 from exporter.measure import count_progress, labelled_images, measure, sample_images
@@ -125,39 +125,44 @@ def export_checkpoint(directory: Path, options: ExportOptions, console: Console)
         ParityError: the graph answers differently from PyTorch; nothing was written.
     """
     prepared = _prepare(directory.name, options, console)
-    data = prepared.data
-
-    tolerance = options.tolerance
-    rounded = options.dtype == "int8" or options.target == "cuda"
-    if tolerance is None:
-        tolerance = CUDA_TOLERANCE if options.target == "cuda" else INT8_TOLERANCE if rounded else TOLERANCE
     rounds = options.rounds
     if options.target == "cuda" and not has_cuda():
         rounds = 0
         console.print("No CUDA device: latency is not measured. --profile-only does it where there is one.")
 
     def finish(model: Path) -> Manifest:
-        manifest = prepared.manifest
         # One session for both: what a closed one gave back is in pieces, and a second raised the peak of B/16 with
         # float16 weights by 0.15 and 0.46 GB in two comparisons.
         session = open_session(model, options.threads, options.target)
-        with count_progress(console) as bar:
-            task = bar.add_task("parity, graph", total=len(prepared.samples) * len(prepared.answers))
-            parity = check_parity(
-                session,
-                manifest.architecture,
-                prepared.samples,
-                manifest.preprocessing,
-                prepared.answers,
-                normalized_input=manifest.input == "float32",
-                tolerance=tolerance,
-                min_agreement=options.min_agreement if rounded else None,
-                advance=lambda count: bar.advance(task, count),
-            )
-        manifest = manifest.model_copy(update={"parity": parity})
-        return measure(manifest, session, options.images, data, options.threads, rounds, console)
+        parity = _compare(session, prepared, options, console)
+        manifest = prepared.manifest.model_copy(update={"parity": parity})
+        return measure(manifest, session, options.images, prepared.data, options.threads, rounds, console)
 
     return write_bundle(directory, prepared.graph, finish, options.triton)
+
+
+def _compare(
+    session: onnxruntime.InferenceSession, prepared: _Prepared, options: ExportOptions, console: Console
+) -> Parity:
+    """The graph's answers with PyTorch's; raises ParityError."""
+    rounded = options.dtype == "int8" or options.target == "cuda"
+    tolerance = options.tolerance
+    if tolerance is None:
+        tolerance = CUDA_TOLERANCE if options.target == "cuda" else INT8_TOLERANCE if rounded else TOLERANCE
+    manifest = prepared.manifest
+    with count_progress(console) as bar:
+        task = bar.add_task("parity, graph", total=len(prepared.samples) * len(prepared.answers))
+        return check_parity(
+            session,
+            manifest.architecture,
+            prepared.samples,
+            manifest.preprocessing,
+            prepared.answers,
+            normalized_input=manifest.input == "float32",
+            tolerance=tolerance,
+            min_agreement=options.min_agreement if rounded else None,
+            advance=lambda count: bar.advance(task, count),
+        )
 
 
 def _prepare(name: str, options: ExportOptions, console: Console) -> _Prepared:

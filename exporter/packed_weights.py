@@ -26,6 +26,12 @@ logger = logging.getLogger(__name__)
 
 MODEL: Final = "model.onnx"
 WEIGHTS: Final = "model.onnx.data"
+# Tried: 1.20.1 writes the weights as they are, 1.21.0 the packed ones beside them.
+OLDEST_RUNTIME: Final = (1, 21)
+
+
+class PackedWeightsError(Exception):
+    """There are no packed weights to serve from; the message says why, and what would be right."""
 
 
 def packed_model(source: Path, name: str, hashes: Sequence[str], directory: Path) -> Path:
@@ -37,16 +43,21 @@ def packed_model(source: Path, name: str, hashes: Sequence[str], directory: Path
         hashes: SHA-256 of the graph's files: of the graph, then of a separate weight file.
 
     Raises:
-        OSError: the directory cannot be written; the message says so in full.
+        PackedWeightsError: the directory cannot be written, or this ONNX Runtime is too old.
         Exception: one of ONNX Runtime's, which have no common class: it cannot load the graph.
     """
+    if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < OLDEST_RUNTIME:
+        raise PackedWeightsError(
+            f"packed_weights needs ONNX Runtime {'.'.join(map(str, OLDEST_RUNTIME))} or newer, this is "
+            f"{onnxruntime.__version__}, which packs in memory only"
+        )
     target = directory / f"{name}-{_key(hashes)}"
     if not (target / MODEL).is_file():
         logger.info("packing the weights of %s into %s, once for this machine", name, target)
         try:
             _write(source, target)
         except OSError as error:
-            raise OSError(
+            raise PackedWeightsError(
                 f"packed_weights: cannot write {error.filename or target}: {error.strerror}; "
                 "name a directory that this process may write"
             ) from error

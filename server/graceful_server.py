@@ -53,10 +53,10 @@ class GracefulServer(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         if self._link is not None:
-            self._start(self._link.listen(self._gateway, self._reload_soon, self.stop))
+            self._start(self._link.listen(self._gateway, self))
         has_signals = threading.current_thread() is threading.main_thread()
         if has_signals:
-            self._loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
+            self._loop.add_signal_handler(signal.SIGHUP, self.reload)
         try:
             await super().serve(sockets)
         finally:
@@ -67,6 +67,15 @@ class GracefulServer(uvicorn.Server):
         super().handle_exit(sig, frame)  # notes the signal, to raise it again when all is closed
         self.should_exit = False
         self.stop()
+
+    def reload(self) -> None:
+        """As SIGHUP does."""
+        self._start(self._reload())
+
+    def drain(self) -> None:
+        """As the first SIGTERM does; it may have come already."""
+        if not self._stopping:
+            self.stop()
 
     def stop(self) -> None:
         """As SIGTERM does. From any thread."""
@@ -80,9 +89,6 @@ class GracefulServer(uvicorn.Server):
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _reload_soon(self) -> None:
-        self._start(self._reload())
 
     async def _drain(self) -> None:
         try:

@@ -215,6 +215,11 @@ class Scheduler:
             "cheapest operating point allowed",
         )
 
+    def _count_arrival(self, request: Request, now: float) -> None:
+        self._load.arrived(request.kind, now)
+        self._shares.arrived(request, now)
+        self.policy.arrived(now)
+
     def _plan_excess_s(self, free_s: list[float], start: int, now: float) -> float:
         """See `plan_excess_s`, of the queue from position `start`."""
         return plan_excess_s(
@@ -311,8 +316,3 @@ class Scheduler:
         busy_s = self._busy_until_s(now)
         surplus = max(len(busy_s) - self.workers, 0)
         return sorted(busy_s)[surplus:] + [now] * self.free_workers
-
-    def _count_arrival(self, request: Request, now: float) -> None:
-        self._load.arrived(request.kind, now)
-        self._shares.arrived(request, now)
-        self.policy.arrived(now)

@@ -22,6 +22,7 @@ from vmoe.config import Routing
 from vmoe.data import FASHION_MNIST_DIRECTORY, DataError, LabelledImages, load_images
 from vmoe.kept_patches import kept_patches, save_patches_figure
 from vmoe.operating_point import OperatingPoint, parse_point
+from vmoe.options import DataOption, JsonOption, LimitOption, PlotOption
 from vmoe.preprocess import fit
 from vmoe.routing_analysis import LayerRouting, analyse_routing, save_routing_figure
 from vmoe.sizes import ALL_NAMES, REPORTED_EXPERTS, markdown, named_sizes
@@ -43,7 +44,7 @@ def sizes(
     every: Annotated[list[int] | None, typer.Option(help="'Every n' placements; repeat. Default 2.")] = None,
     num_experts: int = REPORTED_EXPERTS,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The table of docs/sizes.md.")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    json_path: JsonOption = None,
 ) -> None:
     """Parameters and FLOPs per image of the paper's models, without allocating weights."""
     with clear_errors():
@@ -64,7 +65,7 @@ def sizes(
 @app.command()
 def sweep(
     checkpoint: Annotated[list[Path], typer.Argument(help="Sparse models, and dense ones as lines to compare with.")],
-    data: Annotated[Path, typer.Option(help="IDX directory or image folder.")] = FASHION_MNIST_DIRECTORY,
+    data: DataOption = FASHION_MNIST_DIRECTORY,
     capacity_factor: Annotated[list[float] | None, typer.Option(help="C; repeat. Default 0.05 to 2.")] = None,
     selected_experts: Annotated[list[int] | None, typer.Option(help="K; repeat. Default 1 to 4.")] = None,
     routing: Annotated[list[str] | None, typer.Option(help="bpr or vanilla; repeat. Default both.")] = None,
@@ -72,12 +73,12 @@ def sweep(
         list[int] | None, typer.Option(help="Images per routing group; repeat. Default 1 and 16.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Shufflings of the images for groups of several.")] = SWEEP.seeds,
-    limit: Annotated[int | None, typer.Option(help="Only the first images.")] = None,
+    limit: LimitOption = None,
     resamples: Annotated[int, typer.Option(help="Of the bootstrap behind the intervals.")] = SWEEP.resamples,
     device: str = "auto",
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    json_path: JsonOption = None,
     markdown_path: Annotated[Path | None, typer.Option("--markdown", help="Write tables here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a plot here (PNG or SVG).")] = None,
+    plot: PlotOption = None,
 ) -> None:
     """Accuracy against C for both queue orders, several K and group sizes, without training anything."""
     with clear_errors():
@@ -117,7 +118,7 @@ def show_routing(
     image: Annotated[
         list[str] | None, typer.Option(help="Number of a test image or an image file; repeat. Default 0 to 3.")
     ] = None,
-    data: Annotated[Path, typer.Option(help="IDX directory or image folder.")] = FASHION_MNIST_DIRECTORY,
+    data: DataOption = FASHION_MNIST_DIRECTORY,
     capacity_factor: Annotated[list[float] | None, typer.Option(help="C; repeat. Default 0.1 to 1.")] = None,
     selected_experts: Annotated[int | None, typer.Option(help="K; default: the model's own.")] = None,
     layer: Annotated[int, typer.Option(help="MoE layer, counted from 0; -1 is the last.")] = -1,
@@ -143,11 +144,11 @@ def show_routing(
 @app.command("routing-analysis")
 def routing_analysis(
     checkpoint: Annotated[Path, typer.Argument(help="A sparse model.")],
-    data: Annotated[Path, typer.Option(help="IDX directory or image folder.")] = FASHION_MNIST_DIRECTORY,
+    data: DataOption = FASHION_MNIST_DIRECTORY,
     point: Annotated[str | None, typer.Option(help="Operating point as C,K; default: the model's own.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first images.")] = None,
+    limit: LimitOption = None,
     device: str = "auto",
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    json_path: JsonOption = None,
     plot: Annotated[Path | None, typer.Option(help="Write heat maps here (PNG or SVG).")] = None,
 ) -> None:
     """How far experts specialise in classes, their load, and what is dropped, per MoE layer."""

@@ -17,6 +17,7 @@ from vmoe.class_subset import match_classes
 from vmoe.data import FASHION_MNIST_DIRECTORY, load_images
 from vmoe.evaluate import evaluate as evaluate_points
 from vmoe.operating_point import OperatingPoint, parse_point
+from vmoe.options import DataOption, JsonOption, LimitOption
 from vmoe.terminal import choose_device, clear_errors, console, count_progress
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train, evaluate and transfer V-MoE models.")
@@ -36,13 +37,13 @@ EVALUATION_POINTS = tuple(
 @app.command()
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Directory with model.safetensors and config.json.")],
-    data: Annotated[Path, typer.Option(help="IDX directory or image folder.")] = FASHION_MNIST_DIRECTORY,
+    data: DataOption = FASHION_MNIST_DIRECTORY,
     point: Annotated[
         list[str] | None, typer.Option(help="Operating point as C,K (for example 0.25,1); repeat for several.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first images.")] = None,
+    limit: LimitOption = None,
     device: str = "auto",
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    json_path: JsonOption = None,
 ) -> None:
     """Prints top-1 accuracy and the share of assignments kept, per operating point."""
     with clear_errors():

@@ -16,6 +16,7 @@ from rich.table import Table
 from vmoe.compare_dense import RECIPE, Measured, Summary, all_runs, measure, summarise
 from vmoe.data import FASHION_MNIST_DIRECTORY, load_images
 from vmoe.figure import Panel, save_panels
+from vmoe.options import DataOption, JsonOption, LimitTestOption, PlotOption
 from vmoe.terminal import choose_autocast, choose_device, clear_errors, console, count_progress
 from vmoe.train import Trainer
 from vmoe.train_cli import default_preprocessing, run_with_progress
@@ -23,18 +24,18 @@ from vmoe.train_cli import default_preprocessing, run_with_progress
 
 def compare_dense(
     output: Annotated[Path, typer.Option(help="Directory of the runs; finished ones are not trained again.")],
-    data: Annotated[Path, typer.Option(help="IDX directory or image folder.")] = FASHION_MNIST_DIRECTORY,
+    data: DataOption = FASHION_MNIST_DIRECTORY,
     width: Annotated[list[int] | None, typer.Option(min=4, help="Hidden size; repeat. Default: 32 and 48.")] = None,
     blocks: Annotated[int, typer.Option(min=2)] = 4,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     epochs: int = RECIPE.epochs,
     batch_size: int = RECIPE.batch_size,
     learning_rate: float = RECIPE.learning_rate,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first test images.")] = None,
+    limit: LimitTestOption = None,
     autocast: Annotated[str, typer.Option(help="bfloat16, none, or auto: bfloat16 where it is fast.")] = "auto",
     device: str = "auto",
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a plot here (PNG or SVG).")] = None,
+    json_path: JsonOption = None,
+    plot: PlotOption = None,
 ) -> None:
     """Trains a V-MoE and a dense ViT per width and seed by one recipe; accuracy against operations."""
     with clear_errors():

@@ -19,7 +19,8 @@ from vmoe.data import FASHION_MNIST_DIRECTORY, DataError, LabelledImages, load_i
 from vmoe.fewshot import FewShotResult, calibrated, few_shot, with_head
 from vmoe.figure import Panel, save_panels
 from vmoe.operating_point import parse_point
-from vmoe.terminal import OverwriteOption, check_output, choose_device, clear_errors, console, count_progress
+from vmoe.options import DataOption, JsonOption, LimitTestOption, OverwriteOption, PlotOption
+from vmoe.terminal import check_output, choose_device, clear_errors, console, count_progress
 
 SHOTS = (1, 5, 10, 25)  # the paper's
 HELD_OUT = "held-out"
@@ -27,7 +28,7 @@ HELD_OUT = "held-out"
 
 def fewshot(
     checkpoint: Annotated[list[Path], typer.Argument(help="Directories with model.safetensors and config.json.")],
-    data: Annotated[Path, typer.Option(help="IDX directory or image folder.")] = FASHION_MNIST_DIRECTORY,
+    data: DataOption = FASHION_MNIST_DIRECTORY,
     shots: Annotated[list[int], typer.Option(min=1, help="Images per class; repeat for several.")] = SHOTS,  # type: ignore[assignment]
     seeds: Annotated[int, typer.Option(min=1, help="Draws of the images.")] = 5,
     classes: Annotated[
@@ -38,14 +39,14 @@ def fewshot(
         int, typer.Option(min=1, help="Further images per class that choose the strength of the regularisation.")
     ] = 50,
     point: Annotated[str | None, typer.Option(help="Operating point as C,K; default: each model's own.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first test images.")] = None,
+    limit: LimitTestOption = None,
     save: Annotated[
         Path | None, typer.Option(help="Write the first seed's head for the most shots and its backbone here.")
     ] = None,
     overwrite: OverwriteOption = False,
     device: str = "auto",
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a plot here (PNG or SVG).")] = None,
+    json_path: JsonOption = None,
+    plot: PlotOption = None,
 ) -> None:
     """Accuracy of linear heads fitted in closed form to a few images per class, on frozen features."""
     with clear_errors():

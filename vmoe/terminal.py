@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import typer
@@ -16,8 +15,6 @@ from vmoe.atomic_directory import is_taken
 from vmoe.errors import CheckpointError
 
 console = Console()
-
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that stands there.")]
 
 
 def count_progress(*, disable: bool = False) -> Progress:

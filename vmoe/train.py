@@ -76,11 +76,11 @@ class TrainConfig:
     erase: float = 0.15
     adaptive: float = 0.0
     adaptive_min_capacity_factor: float = 0.15
+    distill: float = 0.0
     autocast: str = "bfloat16"
     clip_norm: float = 1.0
-    seed: int = 0
     optimizer: str = "adamw"
-    distill: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:

@@ -21,43 +21,29 @@ from vmoe.evaluate import evaluate as evaluate_points
 from vmoe.finetune import FINE_TUNING, for_task
 from vmoe.model import VisionTransformer
 from vmoe.operating_point import OperatingPoint
+from vmoe.options import DataOption, MeanOption, StdOption
 from vmoe.parallel import process_group
 from vmoe.preprocess import Preprocessing, parse_channel_values
+from vmoe.recipe_options import Recipe, recipe_options
 from vmoe.sources import load_source
-from vmoe.terminal import choose_autocast, choose_device, clear_errors, count_progress
+from vmoe.terminal import choose_device, clear_errors, count_progress
 from vmoe.train import SAVE_EVERY_S, TrainConfig, Trainer
 from vmoe.train import train as run_training
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS = TrainConfig()
 GLIMPSE = 2000  # test images looked at after each epoch: a full pass would take a tenth of the run
 
 OutputOption = Annotated[Path, typer.Option(help="Directory of the run: checkpoint and log.jsonl.")]
-DataOption = Annotated[Path, typer.Option(help="IDX directory or image folder.")]
 ClassesOption = Annotated[
     str | None, typer.Option(help="Only these classes of the data, such as 0-4 or 0,2,5-7; the head fits them.")
 ]
-MixupOption = Annotated[float, typer.Option(help="Alpha of the Beta distribution; 0 is off.")]
-AverageOption = Annotated[float, typer.Option(help="Decay of the weight average; 0 is off.")]
-FlipOption = Annotated[float, typer.Option(help="Augmentation: probability of a mirrored image.")]
-ShiftOption = Annotated[float, typer.Option(help="Augmentation: largest shift as a share of the side.")]
-ScaleOption = Annotated[float, typer.Option(help="Augmentation: largest zoom, ratio minus 1.")]
-EraseOption = Annotated[float, typer.Option(help="Augmentation: probability of an erased rectangle.")]
-AdaptiveOption = Annotated[float, typer.Option(help="Share of images that get a random (C, K) in each step.")]
-DistillOption = Annotated[
-    float, typer.Option(help="Share of the model's own answer at the full point in the targets of those images.")
-]
-AutocastOption = Annotated[str, typer.Option(help="bfloat16, none, or auto: bfloat16 where it is fast.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there is one.")]
 ResumeOption = Annotated[bool, typer.Option(help="Continue the run in --output if it holds a checkpoint.")]
-MeanOption = Annotated[
-    str | None, typer.Option(help="Of pixels scaled to 0..1, per channel, instead of the source's: 0.485,0.456,0.406.")
-]
-StdOption = Annotated[str | None, typer.Option(help="Per channel, as --mean.")]
 SaveEveryOption = Annotated[float, typer.Option(help="Seconds between checkpoints; the last step writes one, too.")]
 
 
+@recipe_options(TrainConfig())
 def train(
     output: OutputOption,
     data: DataOption = FASHION_MNIST_DIRECTORY,
@@ -67,25 +53,8 @@ def train(
         str | None, typer.Option(help="bpr or vanilla (the paper's training), instead of the configuration's.")
     ] = None,
     classes: ClassesOption = None,
-    epochs: int = DEFAULTS.epochs,
-    batch_size: int = DEFAULTS.batch_size,
-    learning_rate: float = DEFAULTS.learning_rate,
-    warmup_steps: int = DEFAULTS.warmup_steps,
-    weight_decay: float = DEFAULTS.weight_decay,
-    label_smoothing: float = DEFAULTS.label_smoothing,
-    mixup: MixupOption = DEFAULTS.mixup,
-    average_decay: AverageOption = DEFAULTS.average_decay,
-    flip: FlipOption = DEFAULTS.flip,
-    shift: ShiftOption = DEFAULTS.shift,
-    scale: ScaleOption = DEFAULTS.scale,
-    erase: EraseOption = DEFAULTS.erase,
-    adaptive: AdaptiveOption = DEFAULTS.adaptive,
-    adaptive_min_capacity_factor: float = DEFAULTS.adaptive_min_capacity_factor,
-    distill: DistillOption = DEFAULTS.distill,
-    autocast: AutocastOption = "auto",
-    clip_norm: float = DEFAULTS.clip_norm,
-    optimizer: Annotated[str, typer.Option(help="adamw or sgd (momentum 0.9).")] = DEFAULTS.optimizer,
-    seed: int = DEFAULTS.seed,
+    *,
+    recipe: Recipe,
     start_from: Annotated[Path | None, typer.Option(help="Checkpoint whose weights the run begins with.")] = None,
     device: DeviceOption = "auto",
     resume: ResumeOption = False,
@@ -97,13 +66,7 @@ def train(
     with clear_errors(), process_group(target) as shard:
         if config is None and variant not in VARIANTS:
             raise typer.BadParameter(f"unknown variant {variant!r}; known are {', '.join(VARIANTS)}")
-        settings = TrainConfig(
-            epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup_steps=warmup_steps,
-            weight_decay=weight_decay, label_smoothing=label_smoothing, mixup=mixup, average_decay=average_decay,
-            flip=flip, shift=shift, scale=scale, erase=erase, adaptive=adaptive,
-            adaptive_min_capacity_factor=adaptive_min_capacity_factor, autocast=choose_autocast(autocast, device),
-            clip_norm=clip_norm, optimizer=optimizer, seed=seed, distill=distill,
-        )  # fmt: skip
+        settings = recipe.settings(device)
         model_config = VARIANTS[variant] if config is None else load_config(config)
         if routing is not None:
             model_config = _with_routing(model_config, routing)
@@ -116,6 +79,7 @@ def train(
         run_with_progress(trainer, output, held_out, start=start, resume=resume, save_every_s=save_every)
 
 
+@recipe_options(FINE_TUNING)
 def finetune(
     checkpoint: Annotated[
         Path,
@@ -134,27 +98,8 @@ def finetune(
     config: Annotated[Path | None, typer.Option(help="Configuration of a source that does not tell it.")] = None,
     mean: MeanOption = None,
     std: StdOption = None,
-    epochs: int = FINE_TUNING.epochs,
-    batch_size: int = FINE_TUNING.batch_size,
-    learning_rate: float = FINE_TUNING.learning_rate,
-    warmup_steps: int = FINE_TUNING.warmup_steps,
-    weight_decay: float = FINE_TUNING.weight_decay,
-    label_smoothing: float = FINE_TUNING.label_smoothing,
-    mixup: MixupOption = FINE_TUNING.mixup,
-    average_decay: AverageOption = FINE_TUNING.average_decay,
-    flip: FlipOption = FINE_TUNING.flip,
-    shift: ShiftOption = FINE_TUNING.shift,
-    scale: ScaleOption = FINE_TUNING.scale,
-    erase: EraseOption = FINE_TUNING.erase,
-    adaptive: AdaptiveOption = FINE_TUNING.adaptive,
-    adaptive_min_capacity_factor: float = FINE_TUNING.adaptive_min_capacity_factor,
-    distill: DistillOption = FINE_TUNING.distill,
-    autocast: AutocastOption = "auto",
-    clip_norm: float = FINE_TUNING.clip_norm,
-    optimizer: Annotated[str, typer.Option(help="sgd (momentum 0.9), as the reference, or adamw.")] = (
-        FINE_TUNING.optimizer
-    ),
-    seed: int = FINE_TUNING.seed,
+    *,
+    recipe: Recipe,
     device: DeviceOption = "auto",
     resume: ResumeOption = False,
     save_every: SaveEveryOption = SAVE_EVERY_S,
@@ -163,13 +108,7 @@ def finetune(
     logging.basicConfig(level=logging.INFO)
     target = choose_device(device)
     with clear_errors(), process_group(target) as shard:
-        settings = TrainConfig(
-            epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup_steps=warmup_steps,
-            weight_decay=weight_decay, label_smoothing=label_smoothing, mixup=mixup, average_decay=average_decay,
-            flip=flip, shift=shift, scale=scale, erase=erase, adaptive=adaptive,
-            adaptive_min_capacity_factor=adaptive_min_capacity_factor, autocast=choose_autocast(autocast, device),
-            clip_norm=clip_norm, optimizer=optimizer, seed=seed, distill=distill,
-        )  # fmt: skip
+        settings = recipe.settings(device)
         hints = Hints(
             image_size=None if image_size is None else parse_image_size(image_size),
             num_selected_experts=num_selected_experts,

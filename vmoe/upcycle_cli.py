@@ -10,9 +10,10 @@ import typer
 from vmoe.architecture import Hints, parse_image_size
 from vmoe.checkpoint import save_checkpoint
 from vmoe.config import MoeConfig
+from vmoe.options import MeanOption, OverwriteOption, StdOption
 from vmoe.sources import load_source
-from vmoe.terminal import OverwriteOption, check_output, clear_errors, console
-from vmoe.train_cli import MeanOption, StdOption, with_statistics
+from vmoe.terminal import check_output, clear_errors, console
+from vmoe.train_cli import with_statistics
 from vmoe.upcycle import ROUTER_STD, parse_layers
 from vmoe.upcycle import upcycle as make_sparse
 

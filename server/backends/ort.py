@@ -13,7 +13,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from exporter.bundle import Bundle, BundleError
-from exporter.packed_weights import packed_model
+from exporter.packed_weights import PackedWeightsError, packed_model
 from exporter.session import session_options
 from exporter.tensors import TensorType, graph_inputs, graph_outputs
 from server.backends.base import BackendError, Batch, Outputs
@@ -107,7 +107,7 @@ def _packed(bundle: Bundle, directory: Path) -> Path:
     hashes = [digest for _, digest in sorted(bundle.manifest.files.items())]
     try:
         return packed_model(bundle.model_path, bundle.manifest.name, hashes, directory)
-    except OSError as error:
+    except PackedWeightsError as error:
         raise BackendError(str(error)) from error
     except _LOAD_ERRORS as error:
         raise BundleError(f"ONNX Runtime cannot load {bundle.model_path}: {error}") from error

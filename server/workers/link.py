@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Final, Protocol
 
 from server.policy_file import ActivePolicy, PolicyError, PolicyText
-from server.workers.messages import Applied, Apply, Failed, FromWorker, Go, Reload, Share, Shared, ToWorker, Warm
+from server.workers.messages import Applied, Apply, Failed, FromWorker, Go, Reload, Share, Shared, Stop, ToWorker, Warm
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +24,16 @@ class Follower(Protocol):
     def go(self) -> None: ...
 
     async def follow(self, policy: PolicyText) -> None: ...
+
+
+class Stoppable(Protocol):
+    """What a server does; none of it waits, since messages come that it would wait for."""
+
+    def reload(self) -> None: ...
+
+    def drain(self) -> None: ...
+
+    def stop(self) -> None: ...
 
 
 class Link:
@@ -64,13 +73,8 @@ class Link:
         finally:
             del self._shares[key]
 
-    async def listen(self, gateway: Follower, reload: Callable[[], None], stop: Callable[[], None]) -> None:
-        """Does what the supervisor says, until cancelled.
-
-        Arguments:
-            reload: as SIGHUP does; must not wait, since messages come that it waits for.
-            stop: as SIGTERM does; called when the supervisor is gone.
-        """
+    async def listen(self, gateway: Follower, server: Stoppable) -> None:
+        """Does what the supervisor says, until cancelled. Stops the server when that is gone."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._pipe.fileno(), self._receive)
         try:
@@ -85,10 +89,12 @@ class Link:
                         if (done := self._shares.get(key)) is not None:  # else it took too long
                             done.set()
                     case Reload():
-                        reload()
+                        server.reload()
+                    case Stop():
+                        server.drain()
             self.lost = True
             logger.error("the supervisor is gone, so this worker stops")
-            stop()
+            server.stop()
         finally:
             loop.remove_reader(self._pipe.fileno())
 

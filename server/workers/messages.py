@@ -7,6 +7,7 @@
                             Reload          read the policy again, and share it
                             Apply           use this policy, and say so
                             Shared          what you shared is in force everywhere
+                            Stop            drain
 
 One that finds its end of the pipe closed by the other has lost it.
 """
@@ -80,5 +81,10 @@ class Shared:
     key: int
 
 
+@dataclass(frozen=True)
+class Stop:
+    """A message and no SIGTERM, of which a second one means more: some service managers send one to every process."""
+
+
 FromWorker = Warm | Failed | Share | Applied
-ToWorker = Go | Reload | Apply | Shared
+ToWorker = Go | Reload | Apply | Shared | Stop

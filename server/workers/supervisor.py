@@ -28,7 +28,7 @@ from server.policy_file import PolicyText
 from server.settings import Settings
 from server.workers.backoff import Backoff
 from server.workers.listening import Address, ListenError, reserved
-from server.workers.messages import Applied, Apply, Failed, FromWorker, Go, Reload, Share, Shared, ToWorker, Warm
+from server.workers.messages import Applied, Apply, Failed, FromWorker, Go, Reload, Share, Shared, Stop, ToWorker, Warm
 from server.workers.registry import forget
 from server.workers.worker import Start, work
 
@@ -153,6 +153,8 @@ class Supervisor:
                 self._start(number)
 
     def _start(self, number: int) -> None:
+        if self._stopping:  # another one could not be started
+            return
         ours, theirs = self._context.Pipe()
         replaces = number in self._proven
         start = Start(self._settings, number, self._addresses, self._directory, self._policy, replaces)
@@ -174,15 +176,18 @@ class Supervisor:
             if first is not None:
                 first.send(Reload())
             return
-        self.stopped_by = self.stopped_by or number
         logger.info("%s: stopping %d workers", signal.Signals(number).name, len(self._workers))
-        self._stop()
+        again, self.stopped_by = self._stopping, self.stopped_by or number
+        self._stop(at_once=again)
 
-    def _stop(self) -> None:
+    def _stop(self, *, at_once: bool = False) -> None:
         self._stopping = True
         self._due.clear()
         for worker in self._workers.values():
-            worker.process.terminate()
+            if worker.released and not at_once:
+                worker.send(Stop())
+            else:  # nothing is inside yet, or has to be waited for
+                worker.process.terminate()
 
     def _hear(self, worker: _Worker) -> None:
         while worker.open and worker.pipe.poll():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 PNG = (ROOT / "examples/ankle_boot.png").read_bytes()
 LIMIT_S = 60.0  # a start takes two seconds on a quiet machine
 KEY = "secret"
+DRAINING = tuple(f"worker {number} server.gateway: draining" for number in (1, 2))
 FIXED, AIMD = 'policy = "fixed"\n', 'policy = "aimd"\n'
 
 
@@ -226,6 +228,23 @@ def answer_in_both(fleet: Fleet) -> int:
     return until(answered_in_both, ask)
 
 
+def enter_both(fleet: Fleet) -> list[socket.socket]:
+    """Connections with a request whose body has begun; each worker has some of them."""
+    head = (
+        "POST /classify?budget=low&deadline_ms=9000 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        f"Content-Type: image/png\r\nContent-Length: {len(PNG)}\r\n\r\n"
+    ).encode()
+    inside: list[socket.socket] = []
+
+    def enter() -> None:
+        inside.append(socket.create_connection(("127.0.0.1", fleet.port)))
+        inside[-1].sendall(head + PNG[:20])
+        until(lambda: sum(fleet.in_flight().values()) == len(inside), os.sched_yield)
+
+    until(lambda: len(inside) > 2 and all(fleet.in_flight().values()), enter)
+    return inside
+
+
 def test_metrics_of_any_worker_are_the_sum_over_both(fleet: Fleet) -> None:
     before = scrape(fleet).get("vmoe_requests_total", 0.0)
     sent = answer_in_both(fleet)
@@ -238,6 +257,16 @@ def test_metrics_of_any_worker_are_the_sum_over_both(fleet: Fleet) -> None:
         # Wherever both have a share: at most what two threads can have had since their start.
         assert 0 < found["vmoe_event_loop_cpu_seconds_total"] < process_tree.cpu_s(fleet.process.pid)
     text = fleet.ask("GET", "/metrics").text
+    documented = set(re.findall(r"`(vmoe_[a-z_]+)`", (ROOT / "docs/metrics.md").read_text()))
+    rare = {
+        "vmoe_image_errors_total",
+        "vmoe_shed_images_total",
+        "vmoe_failed_images_total",
+        "vmoe_fallback_batches_total",
+    }
+    expected = {name for name in documented - rare if "endpoint" not in name}
+    assert len(expected) > 25
+    assert expected <= set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
     checked = subprocess.run(
         [tool("promtool"), "check", "metrics"], input=text, capture_output=True, text=True, check=False
     )
@@ -291,22 +320,11 @@ def test_worker_when_killed_then_the_other_answers_and_a_new_one_has_the_policy_
 
 
 def test_sigterm_when_both_have_requests_inside_then_all_are_answered_and_nothing_is_left(tmp_path: Path) -> None:
-    head = (
-        "POST /classify?budget=low&deadline_ms=9000 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-        f"Content-Type: image/png\r\nContent-Length: {len(PNG)}\r\n\r\n"
-    ).encode()
-    inside: list[socket.socket] = []
-
-    def enter() -> None:
-        inside.append(socket.create_connection(("127.0.0.1", fleet.port)))
-        inside[-1].sendall(head + PNG[:20])
-        until(lambda: sum(fleet.in_flight().values()) == len(inside), os.sched_yield)
-
     with serving(tmp_path / "fleet") as fleet:
-        until(lambda: len(inside) > 2 and all(fleet.in_flight().values()), enter)
+        inside = enter_both(fleet)
         pids, since = fleet.workers(), fleet.lines
         fleet.process.terminate()
-        fleet.wait_for_log(*(f"worker {number} server.gateway: draining" for number in (1, 2)), since=since)
+        fleet.wait_for_log(*DRAINING, since=since)
         for connection in inside:
             connection.sendall(PNG[20:])
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
@@ -314,6 +332,19 @@ def test_sigterm_when_both_have_requests_inside_then_all_are_answered_and_nothin
         assert fleet.process.wait(timeout=LIMIT_S) == -signal.SIGTERM  # as with one worker
         assert fleet.private() == []
         assert_ended(pids)
+
+
+def test_sigterm_when_sent_twice_then_nobody_waits_for_what_is_inside(tmp_path: Path) -> None:
+    with serving(tmp_path / "fleet", "--drain-timeout-s", "600") as fleet:
+        inside, pids, since = enter_both(fleet), fleet.workers(), fleet.lines
+        fleet.process.terminate()
+        fleet.wait_for_log(*DRAINING, since=since)
+        fleet.process.terminate()
+        assert fleet.process.wait(timeout=LIMIT_S) == -signal.SIGTERM
+        assert fleet.private() == []
+        assert_ended(pids)
+        for connection in inside:
+            connection.close()
 
 
 def test_supervisor_when_killed_then_no_worker_is_left(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from exporter.bundle import Bundle
@@ -69,6 +70,15 @@ def test_backend_when_two_pack_at_once_then_both_serve_and_nothing_else_is_left(
     assert (first.logits == second.logits).all()
     (folder,) = tmp_path.iterdir()
     assert sorted(path.name for path in folder.iterdir()) == sorted((MODEL, WEIGHTS))
+
+
+def test_backend_when_the_runtime_writes_no_packed_weights_then_it_is_refused_with_its_version(
+    shipped: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "1.20.1")
+    with pytest.raises(BackendError, match=r"needs ONNX Runtime 1\.21 or newer, this is 1\.20\.1"):
+        OrtBackend(shipped, 1, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_backend_when_the_directory_is_a_file_then_it_is_refused_by_name(shipped: Bundle, tmp_path: Path) -> None:

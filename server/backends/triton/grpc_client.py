@@ -21,8 +21,10 @@ _CHANNEL: Final = [
     ("grpc.max_receive_message_length", -1),
     # Probes decide when a server is asked again; gRPC's own backoff grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # Despite its name, how long a connection may take at least (MIN_CONNECT_TIMEOUT in gRPC's connection-backoff.md):
+    # as long as a probe.
+    ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
 ]
 

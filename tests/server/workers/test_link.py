@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,9 @@ from exporter.bundle import Bundle, Manifest
 from server.policy_file import PolicyText
 from server.policy_source import POSTED
 from server.workers.link import Link
-from server.workers.messages import Applied, Apply, Failed, Go, Reload, Share, Shared, Warm
+from server.workers.messages import Applied, Apply, Failed, Go, Reload, Share, Shared, Stop, Warm
 from tests.server.conftest import serving, wait_ready
+from tests.server.test_stop import IMAGE
 
 LIMIT_S = 30.0
 KEY = "secret"
@@ -129,6 +131,29 @@ def test_reload_when_the_supervisor_asks_then_the_file_is_read_and_shared(
         pipe.send(Reload())
         assert receive(pipe) == Share(0, PolicyText(FIXED.text, str(path)))
         pipe.send(Shared(0))
+
+
+def test_stop_when_it_comes_twice_then_what_is_inside_is_answered_all_the_same(
+    manifest: Manifest, backend: Any
+) -> None:
+    answers: list[httpx.Response] = []
+    with worker(manifest, backend) as (pipe, client):
+        receive(pipe)
+        pipe.send(Go())
+        wait_ready(client)
+        backend.gate.clear()
+        url = f"{client.base_url}/classify?deadline_ms=9000"
+        ask = threading.Thread(target=lambda: answers.append(httpx.post(url, **IMAGE, timeout=LIMIT_S)))
+        ask.start()
+        while "vmoe_running_batches 1.0" not in client.get("/metrics").text:
+            os.sched_yield()
+        for _ in range(2):
+            pipe.send(Stop())
+        pipe.send(Apply(1, FIXED))
+        assert receive(pipe) == Applied(1)  # so that both have been read
+        backend.gate.set()
+        ask.join(timeout=LIMIT_S)
+        assert answers[0].status_code == 200
 
 
 def test_supervisor_when_it_is_gone_then_the_gateway_drains(manifest: Manifest, backend: Any) -> None:

@@ -22,10 +22,30 @@ def test_bind_when_several_do_then_each_gets_connections_and_the_rest_go_to_whoe
         # One of them alone gets all 64 in 2 of 2^64 cases.
         clients = [socket.create_connection((str(address[0]), int(address[1]))) for _ in range(64)]
         assert set(select.select([first, second], [], [], 0)[0]) == {first, second}
-        first.close()
-        clients += [socket.create_connection((str(address[0]), int(address[1]))) for _ in range(64)]
+        first.close()  # as when its process dies: connections that nobody has accepted are reset
         for client in clients:
+            client.setblocking(False)
+        states = [_state(client) for client in clients]
+        assert set(states) == {"reset", "waits"}
+        late = [socket.create_connection((str(address[0]), int(address[1]))) for _ in range(64)]
+        for client in clients + late:
             client.close()
+        second.setblocking(False)
+        accepted = 0
+        while select.select([second], [], [], 0)[0]:
+            second.accept()[0].close()
+            accepted += 1
+        assert accepted == states.count("waits") + 64
+
+
+def _state(client: socket.socket) -> str:
+    try:
+        client.recv(1)
+    except BlockingIOError:
+        return "waits"
+    except ConnectionResetError:
+        return "reset"
+    return "closed"
 
 
 def test_reserved_when_others_listen_there_then_it_is_refused_though_they_share() -> None:
