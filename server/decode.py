@@ -66,13 +66,9 @@ class Decoder:
         self._small_bytes = _SMALL_BYTES if math.prod(preprocessing.image_size) <= _SMALL_PIXELS else 0
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    def is_small(self, upload: Upload) -> bool:
-        """Whether `decode` costs little, unless the file holds more pixels than it seems to."""
-        return len(upload.data) <= self._small_bytes
-
     async def decode(self, upload: Upload) -> npt.NDArray[np.uint8]:
         """See `decode_image`."""
-        if self.is_small(upload):
+        if len(upload.data) <= self._small_bytes:
             image = _decode(upload, self._preprocessing, self._limits, _SMALL_PIXELS)
             if image is not None:
                 return image

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -39,8 +38,6 @@ from server.scheduler import Scheduler
 from server.work import Inference, Work
 
 logger = logging.getLogger(__name__)
-
-_SHEDS_S: Final = 1.0  # an overload lasts longer than this pause in its refusals; chosen, not tuned
 
 _REFUSALS: Final[dict[ShedReason, type[Unavailable]]] = {
     "deadline": Overloaded,
@@ -74,7 +71,6 @@ class Engine:
         self._batches: dict[Batch, asyncio.Task[None]] = {}
         self._alarms: dict[Batch, asyncio.TimerHandle] = {}  # when the next image of a running batch is too late
         self._wake = asyncio.Event()
-        self._sheds_until_s = -math.inf
 
     def start(self) -> None:
         """Begins to take work."""
@@ -84,11 +80,6 @@ class Engine:
     def wake(self) -> None:
         """The backend can run more batches at once than it could, or fewer."""
         self._wake.set()
-
-    @property
-    def sheds(self) -> bool:
-        """Whether a request was refused lately, so that the next one may be."""
-        return asyncio.get_running_loop().time() < self._sheds_until_s
 
     def check(self, request: Request) -> None:
         """Refuses what `infer` would refuse, before anything is spent on it.
@@ -148,7 +139,6 @@ class Engine:
         self._fail(self._scheduler.clear(), ShuttingDown, "the gateway stopped before this image's turn")
 
     def _shed(self, request: Request, refusal: Refusal) -> Unavailable:
-        self._sheds_until_s = asyncio.get_running_loop().time() + _SHEDS_S
         self._metrics.shed(request.budget.name, refusal.reason)
         return _REFUSALS[refusal.reason](refusal.detail, refusal.retry_after_s)
 

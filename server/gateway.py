@@ -261,10 +261,7 @@ class Gateway:
             size_bytes=self._image_bytes,
             pinned=ask.pinned is not None,
         )
-        # What `infer` will refuse is better refused before it is decoded. For small images a second look at the queue
-        # is worth its time only while some are refused.
-        if self._engine.sheds or not self._decoder.is_small(upload):
-            self._engine.check(request)
+        self._engine.check(request)
         now = asyncio.get_running_loop().time
         started_s = now()
         try:

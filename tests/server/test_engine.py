@@ -243,21 +243,6 @@ def test_engine_when_a_deadline_cannot_be_met_then_it_is_refused_at_once() -> No
     run(scenario)
 
 
-def test_engine_when_it_has_refused_somebody_then_it_sheds_for_a_second() -> None:
-    async def scenario(bench: Bench) -> None:
-        await bench.send()
-        assert not bench.engine.sheds
-        with pytest.raises(Overloaded):
-            await bench.send(deadline_s=0.09)  # one image takes 0.1 s
-        assert bench.engine.sheds
-        await asyncio.sleep(0.9)
-        assert bench.engine.sheds
-        await asyncio.sleep(0.2)
-        assert not bench.engine.sheds
-
-    run(scenario)
-
-
 def test_engine_when_a_budget_leaves_others_no_room_then_it_is_told_so() -> None:
     async def scenario(bench: Bench) -> None:
         for _ in range(10):

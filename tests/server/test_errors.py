@@ -220,27 +220,16 @@ def test_classify_when_queue_is_full_then_503_with_retry_after(serve_fake: Any, 
         assert client.post("/classify", content=GRAY_1X1, headers=PNG).status_code == 200  # the permit came back
 
 
-def test_classify_when_images_are_refused_for_load_then_the_next_are_before_they_are_decoded(
-    serve_fake: Any, backend: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("size", [45, 5000])  # of a small file and a large one
+def test_classify_when_an_image_is_refused_for_load_then_it_is_not_decoded(
+    serve_fake: Any, backend: Any, size: int
 ) -> None:
-    monkeypatch.setattr("server.engine._SHEDS_S", 60.0)
-    broken = GRAY_1X1[:45]
+    broken = GRAY_1X1[:45].ljust(size, b"\0")
     with serve_fake() as client:
         backend.num_workers = 0
+        assert_problem(client.post("/classify", content=broken, headers=PNG), 503, "backend_unavailable")
+        backend.num_workers = 1
         assert_problem(client.post("/classify", content=broken, headers=PNG), 400, "broken_image")
-        assert_problem(client.post("/classify", content=GRAY_1X1, headers=PNG), 503, "backend_unavailable")
-        assert_problem(client.post("/classify", content=broken, headers=PNG), 503, "backend_unavailable")
-        backend.num_workers = 1
-
-
-def test_classify_when_a_large_file_would_be_refused_for_load_then_it_is_not_decoded(
-    serve_fake: Any, backend: Any
-) -> None:
-    broken = GRAY_1X1[:45] + bytes(5000)
-    with serve_fake() as client:
-        backend.num_workers = 0
-        assert_problem(client.post("/classify", content=broken, headers=PNG), 503, "backend_unavailable")
-        backend.num_workers = 1
 
 
 def test_classify_when_bytes_of_the_queue_are_used_up_then_503(serve_fake: Any, backend: Any) -> None:
