@@ -21,6 +21,7 @@ from exporter.triton_config import TritonOptions
 from exporter.triton_directory import write_model_directory, write_triton_files
 from vmoe.architecture import Hints, parse_image_size
 from vmoe.atomic_directory import is_taken
+from vmoe.extras import needs_extra
 from vmoe.operating_point import parse_point
 from vmoe.preprocess import parse_channel_values
 
@@ -105,7 +106,8 @@ def export(
             return
 
         # Imports torch. Measuring a bundle must work where it is served, and there is no torch there.
-        from exporter.export import ExportOptions, export_checkpoint, plan_export
+        with needs_extra("export", "exporting"):
+            from exporter.export import ExportOptions, export_checkpoint, plan_export
 
         hints = Hints(
             image_size=None if image_size is None else parse_image_size(image_size),
@@ -158,8 +160,9 @@ def recover(
 ) -> None:
     """Turns BUNDLE back into a checkpoint, to fine-tune, evaluate or export it."""
     with _clear_errors():
-        from exporter.recover import recover as checkpoint_of  # imports torch, see `export`
-        from vmoe.checkpoint import save_checkpoint
+        with needs_extra("export", "recovering"):
+            from exporter.recover import recover as checkpoint_of  # imports torch, see `export`
+            from vmoe.checkpoint import save_checkpoint
 
         if is_taken(output):
             raise typer.BadParameter(f"{output} exists and is not an empty directory: give a new one")

@@ -29,6 +29,7 @@ from loadtest.tables import print_comparison, print_report
 from loadtest.terminal import clear_errors
 from loadtest.trace import Trace, write_trace
 from loadtest.tuner.cli import tune
+from vmoe.extras import needs_extra
 
 ORACLE = "oracle"
 INVALID = 3  # exit code
@@ -185,11 +186,9 @@ def run(
     Exits with 3 when the figures may not be relied on; the report says why.
     """
     with clear_errors():
-        try:
+        with needs_extra("loadtest", "a live run"):
             from loadtest.live_results import Terms
             from loadtest.live_session import Session  # needs aiohttp, which simulating does not
-        except ModuleNotFoundError as error:
-            raise LoadtestError(f"live runs need {error.name}: pip install 'vmoe-serving[loadtest]'") from error
         _positive("--timeout", timeout_s)
         if (trace is not None) + (arrivals is not None) + (closed is not None) != 1:
             raise LoadtestError(
