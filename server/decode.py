@@ -68,12 +68,14 @@ class Decoder:
         self._small_bytes = _SMALL_BYTES if math.prod(preprocessing.image_size) <= _SMALL_PIXELS else 0
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
+    def decode_small(self, upload: Upload) -> npt.NDArray[np.uint8] | None:
+        """As `decode`, at once; None where that could take long."""
+        if len(upload.data) > self._small_bytes:
+            return None
+        return _decode(upload, self._preprocessing, self._limits, _SMALL_PIXELS)
+
     async def decode(self, upload: Upload) -> npt.NDArray[np.uint8]:
-        """See `decode_image`."""
-        if len(upload.data) <= self._small_bytes:
-            image = _decode(upload, self._preprocessing, self._limits, _SMALL_PIXELS)
-            if image is not None:
-                return image
+        """See `decode_image`; in a thread."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, decode_image, upload, self._preprocessing, self._limits)
 
