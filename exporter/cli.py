@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -21,6 +20,7 @@ from exporter.triton_config import TritonOptions
 from exporter.triton_directory import write_model_directory, write_triton_files
 from vmoe.architecture import Hints, parse_image_size
 from vmoe.atomic_directory import is_taken
+from vmoe.console import open_console
 from vmoe.extras import needs_extra
 from vmoe.operating_point import parse_point
 from vmoe.preprocess import parse_channel_values
@@ -39,13 +39,13 @@ class _ExportByDefault(TyperGroup):
 
 
 app = typer.Typer(cls=_ExportByDefault, add_completion=False, help="Without a command: export.")
-console = Console(stderr=True)
+console = open_console(stderr=True)
 
 
 @app.command()
 def export(
     checkpoint: options.Checkpoint = None,
-    name: options.Name = "vmoe",
+    name: options.Name = None,
     out: options.Out = Path("model_repository"),
     images: options.Images = None,
     dtype: options.Dtype = "float32",
@@ -90,6 +90,9 @@ def export(
         if triton_only and (checkpoint is not None or profile_only):
             raise typer.BadParameter("--triton-only takes neither CHECKPOINT nor --profile-only")
         _check_profile(checkpoint, images, rounds, profile_only=profile_only, profile_with=profile_with)
+        if profile_only and name is None:
+            raise typer.BadParameter("--profile-only needs --name: the bundle that it measures is OUT/NAME")
+        name = name or options.DEFAULT_NAME
         triton = TritonOptions(
             triton_backend,
             triton_device,

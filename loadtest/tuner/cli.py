@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from loadtest.errors import LoadtestError
 from loadtest.terminal import clear_errors
 from loadtest.tuner import objective as tuning
+from vmoe.console import open_console
 from vmoe.extras import needs_extra
 
 
@@ -83,5 +83,5 @@ def tune(
                 gateway=None if url is None else command.Gateway(url, admin_key, grace_ms, images),
                 command=("python", "-m", "loadtest", "tune", *words),
             ),
-            Console(),
+            open_console(),
         )
