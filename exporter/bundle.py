@@ -28,6 +28,7 @@ A dense model has `images` and `logits` alone.
 from __future__ import annotations
 
 import hashlib
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
@@ -43,6 +44,7 @@ InputType = Literal["uint8", "float32"]
 WeightType = Literal["float32", "float16", "bfloat16"]
 StorageType = Literal[WeightType, "int8"]
 Target = Literal["cpu", "cuda"]
+NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a bundle; a plain name of a directory
 MANIFEST_FILE = "manifest.json"
 LABELS_FILE = "labels.txt"
 MODEL_FILE = "1/model.onnx"
@@ -173,7 +175,7 @@ class Manifest(_Model):
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME_PATTERN)
     version: str = "1"
     architecture: ModelConfig
     preprocessing: Preprocessing
@@ -247,7 +249,9 @@ class Bundle:
             manifest = Manifest.model_validate_json(text)
         except OSError as error:
             raise BundleError(f"cannot read {path}: {error.strerror}; is {directory} a bundle?") from error
-        except (ValidationError, ConfigError) as error:
+        except ValidationError as error:
+            raise BundleError(f"{path} {_told(error)}") from error
+        except ConfigError as error:
             raise BundleError(f"{path} is not a valid manifest: {error}") from error
         for name, digest in manifest.files.items():
             file = directory / name
@@ -258,6 +262,22 @@ class Bundle:
             if verify and (found := sha256(file)) != digest:
                 raise BundleError(f"{file} has SHA-256 {found}, the manifest says {digest}: export the bundle again")
         return cls(directory, manifest, hashlib.sha256(text).hexdigest())
+
+
+def _told(error: ValidationError) -> str:
+    """What is wrong with a manifest, in one line: that it is too new, or else its first error."""
+    found = error.errors(include_url=False, include_context=False)
+    versions = [each["input"] for each in found if each["loc"] == ("schema_version",)]
+    if versions and isinstance(versions[0], int) and versions[0] > SCHEMA_VERSION:
+        return (
+            f"was written by a newer exporter: it has schema_version {versions[0]}, this version reads "
+            f"{SCHEMA_VERSION}. Update this program, or export the checkpoint again with its exporter"
+        )
+    first = found[0]
+    where = ".".join(map(str, first["loc"]))
+    seen = f", got {reprlib.repr(first['input'])}" if where and first["type"] != "missing" else ""
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return f"is not a valid manifest: {where}{': ' if where else ''}{first['msg']}{seen}{more}"
 
 
 def frontier(points: Sequence[Point]) -> tuple[Point, ...]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -21,6 +20,8 @@ from exporter.triton_config import TritonOptions
 from exporter.triton_directory import write_model_directory, write_triton_files
 from vmoe.architecture import Hints, parse_image_size
 from vmoe.atomic_directory import is_taken
+from vmoe.console import open_console
+from vmoe.extras import needs_extra
 from vmoe.operating_point import parse_point
 from vmoe.preprocess import parse_channel_values
 
@@ -38,13 +39,13 @@ class _ExportByDefault(TyperGroup):
 
 
 app = typer.Typer(cls=_ExportByDefault, add_completion=False, help="Without a command: export.")
-console = Console(stderr=True)
+console = open_console(stderr=True)
 
 
 @app.command()
 def export(
     checkpoint: options.Checkpoint = None,
-    name: options.Name = "vmoe",
+    name: options.Name = None,
     out: options.Out = Path("model_repository"),
     images: options.Images = None,
     dtype: options.Dtype = "float32",
@@ -89,6 +90,9 @@ def export(
         if triton_only and (checkpoint is not None or profile_only):
             raise typer.BadParameter("--triton-only takes neither CHECKPOINT nor --profile-only")
         _check_profile(checkpoint, images, rounds, profile_only=profile_only, profile_with=profile_with)
+        if profile_only and name is None:
+            raise typer.BadParameter("--profile-only needs --name: the bundle that it measures is OUT/NAME")
+        name = name or options.DEFAULT_NAME
         triton = TritonOptions(
             triton_backend,
             triton_device,
@@ -105,7 +109,8 @@ def export(
             return
 
         # Imports torch. Measuring a bundle must work where it is served, and there is no torch there.
-        from exporter.export import ExportOptions, export_checkpoint, plan_export
+        with needs_extra("export", "exporting"):
+            from exporter.export import ExportOptions, export_checkpoint, plan_export
 
         hints = Hints(
             image_size=None if image_size is None else parse_image_size(image_size),
@@ -158,8 +163,9 @@ def recover(
 ) -> None:
     """Turns BUNDLE back into a checkpoint, to fine-tune, evaluate or export it."""
     with _clear_errors():
-        from exporter.recover import recover as checkpoint_of  # imports torch, see `export`
-        from vmoe.checkpoint import save_checkpoint
+        with needs_extra("export", "recovering"):
+            from exporter.recover import recover as checkpoint_of  # imports torch, see `export`
+            from vmoe.checkpoint import save_checkpoint
 
         if is_taken(output):
             raise typer.BadParameter(f"{output} exists and is not an empty directory: give a new one")

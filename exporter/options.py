@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import typer
 
@@ -19,7 +20,27 @@ Checkpoint = Annotated[
         "folder; .npz; state dict (.safetensors, .pt)."
     ),
 ]
-Name = Annotated[str, typer.Option(help="Name of the bundle and of Triton's model.")]
+DEFAULT_NAME: Final = "vmoe"
+
+
+def _directory_names(given: str | list[str] | None) -> str | list[str] | None:
+    """What names directories of a model repository may not lead out of it."""
+    for name in [given] if isinstance(given, str) else given or ():
+        if re.fullmatch(bundle.NAME_PATTERN, name) is None:
+            raise typer.BadParameter(
+                f"a bundle's name is that of a directory: letters, digits, '.', '_' and '-', a letter or digit first; "
+                f"got {name!r}"
+            )
+    return given
+
+
+Name = Annotated[
+    str | None,
+    typer.Option(
+        callback=_directory_names,
+        help=f"Name of the bundle and of Triton's model; {DEFAULT_NAME} where it is not given.",
+    ),
+]
 Out = Annotated[Path, typer.Option(help="Model repository.")]
 Images = Annotated[
     Path | None, typer.Option(help="Labelled images (IDX directory or image folder) that give the accuracies.")
@@ -96,7 +117,10 @@ ProfileOnly = Annotated[
 ]
 ProfileWith = Annotated[
     list[str] | None,
-    typer.Option(help="With --profile-only: another bundle of the model, timed in the same run; may be repeated."),
+    typer.Option(
+        callback=_directory_names,
+        help="With --profile-only: another bundle of the model, timed in the same run; may be repeated.",
+    ),
 ]
 TritonBackend = Annotated[
     triton_config.TritonBackend, typer.Option(help="Triton's backend; python is for servers without ONNX Runtime's.")

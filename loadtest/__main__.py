@@ -1,10 +1,8 @@
 """`python -m loadtest`."""
 
-import sys
+from vmoe.extras import needs_extra
 
-try:
+with needs_extra("loadtest", "loadtest"):
     from loadtest.cli import app
-except ModuleNotFoundError as error:
-    sys.exit(f"error: loadtest needs {error.name}: pip install 'vmoe-serving[loadtest]'")
 
 app(prog_name="python -m loadtest")

@@ -29,6 +29,8 @@ from loadtest.tables import print_comparison, print_report
 from loadtest.terminal import clear_errors
 from loadtest.trace import Trace, write_trace
 from loadtest.tuner.cli import tune
+from vmoe.console import open_console
+from vmoe.extras import needs_extra
 
 ORACLE = "oracle"
 INVALID = 3  # exit code
@@ -129,7 +131,7 @@ def simulate_command(
                     requests, scheduler, active, machine, lambda done: progress.update(task, completed=done)
                 )
                 report = summarise(requests, outcomes, subject.ladder, setup)
-        print_report(report, Console())
+        print_report(report, open_console())
         _write(report, json, html)
 
 
@@ -185,11 +187,9 @@ def run(
     Exits with 3 when the figures may not be relied on; the report says why.
     """
     with clear_errors():
-        try:
+        with needs_extra("loadtest", "a live run"):
             from loadtest.live_results import Terms
             from loadtest.live_session import Session  # needs aiohttp, which simulating does not
-        except ModuleNotFoundError as error:
-            raise LoadtestError(f"live runs need {error.name}: pip install 'vmoe-serving[loadtest]'") from error
         _positive("--timeout", timeout_s)
         if (trace is not None) + (arrivals is not None) + (closed is not None) != 1:
             raise LoadtestError(
@@ -230,7 +230,7 @@ def run(
             assert rate_hz is not None
             name, schedule = drawn(rate_hz, warmup_s + _positive("--duration", duration_s), seed)
             report = session.run(schedule, name, predict=predict)
-        print_report(report, Console())
+        print_report(report, open_console())
         _write(report, json, html)
     assert report.live is not None
     if not report.live.valid or (report.search is not None and report.search.rate_hz is None):
@@ -280,7 +280,7 @@ def compare_command(
         runs = read_runs(reports)
         comparisons = [compare(runs[0], other, seed=seed) for other in runs[1:]]
         for comparison in comparisons:
-            print_comparison(comparison, Console())
+            print_comparison(comparison, open_console())
         if html is not None:
             write_page(html, runs, comparisons)
 

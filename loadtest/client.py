@@ -26,7 +26,8 @@ from server.schemas import Models, PolicyBody
 
 # Below uvicorn's 5 s after which it closes an idle connection: a request sent at that moment would fail.
 _KEEPALIVE_S = 3.0
-_LOOP_TIME: Final = "vmoe_event_loop_cpu_seconds_total "
+_LOOP_TIME: Final = "vmoe_event_loop_cpu_seconds_total"
+_LOOP_DECODE: Final = "vmoe_event_loop_decode_cpu_seconds_total"
 _SHED: Final[dict[str, ShedReason]] = {"overloaded": "deadline", "over_share": "share", "queue_full": "queue_full"}
 
 
@@ -137,15 +138,17 @@ class Client:
             raise TargetError(f"{self.target.url}/v1/policy is not as this version knows it: {error}") from error
 
     async def loop_cpu_s(self) -> float:
-        """Processor time of the gateway's event loop so far.
+        """Processor time of the gateway's event loop so far, without what it decoded.
 
         Raises:
             TargetError: it does not say.
         """
-        for line in (await self._get("/metrics")).splitlines():
-            if line.startswith(_LOOP_TIME):
-                return float(line.split()[1])
-        raise TargetError(f"{self.target.url}/metrics has no {_LOOP_TIME.strip()}: is it a gateway of this version?")
+        lines = (line.split() for line in (await self._get("/metrics")).splitlines())
+        found = {line[0]: float(line[1]) for line in lines if line and line[0] in (_LOOP_TIME, _LOOP_DECODE)}
+        for name in (_LOOP_TIME, _LOOP_DECODE):
+            if name not in found:
+                raise TargetError(f"{self.target.url}/metrics has no {name}: is it a gateway of this version?")
+        return found[_LOOP_TIME] - found[_LOOP_DECODE]
 
     async def _get(self, path: str) -> str:
         try:

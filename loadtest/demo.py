@@ -34,6 +34,7 @@ from loadtest.runs import Run
 from loadtest.schedule import Mix
 from loadtest.tables import print_comparison, print_report
 from loadtest.trace import Trace, read_trace, write_trace
+from vmoe.console import open_console
 
 _FIXED: Final = 'policy = "fixed"\n\n[budgets.auto]\nfloor = "{point}"\nceiling = "{point}"\n'
 # The first is what the others are held against. Empty: as the gateway chooses.
@@ -171,7 +172,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Offers the same bursts to three policies, and compares them."""
-    console = Console()
+    console = open_console()
     try:
         page = demonstrate(
             out,

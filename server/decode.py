@@ -27,6 +27,8 @@ from vmoe.preprocess import Preprocessing, fit
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MEDIA_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp")
 _ALIASES = ("image/jpg", "image/pjpeg", "image/x-png", "image/apng", "image/x-ms-bmp", "image/x-bmp")
+# What curl and others declare for a file name that they do not know.
+_UNKNOWN = "application/octet-stream"
 
 # Up to this size of file, image and model input, decoding costs about 0.1 ms, and a thread would add half as much for
 # the way there and back (docs/request-path.md). A few bytes may hold many pixels, hence all three.
@@ -66,12 +68,14 @@ class Decoder:
         self._small_bytes = _SMALL_BYTES if math.prod(preprocessing.image_size) <= _SMALL_PIXELS else 0
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
+    def decode_small(self, upload: Upload) -> npt.NDArray[np.uint8] | None:
+        """As `decode`, at once; None where that could take long."""
+        if len(upload.data) > self._small_bytes:
+            return None
+        return _decode(upload, self._preprocessing, self._limits, _SMALL_PIXELS)
+
     async def decode(self, upload: Upload) -> npt.NDArray[np.uint8]:
-        """See `decode_image`."""
-        if len(upload.data) <= self._small_bytes:
-            image = _decode(upload, self._preprocessing, self._limits, _SMALL_PIXELS)
-            if image is not None:
-                return image
+        """See `decode_image`; in a thread."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, decode_image, upload, self._preprocessing, self._limits)
 
@@ -79,8 +83,8 @@ class Decoder:
         self._pool.shutdown(cancel_futures=True)
 
 
-def is_image_type(media_type: str) -> bool:
-    return media_type in MEDIA_TYPES or media_type in _ALIASES
+def is_accepted(media_type: str) -> bool:
+    return media_type in MEDIA_TYPES or media_type in _ALIASES or media_type == _UNKNOWN
 
 
 def decode_image(upload: Upload, preprocessing: Preprocessing, limits: DecodeLimits) -> npt.NDArray[np.uint8]:
@@ -102,8 +106,7 @@ def _decode(
     """As `decode_image`; None, and no pixel is decoded, where the header announces more than `at_most_pixels`."""
     if len(upload.data) > limits.max_image_bytes:
         raise ImageTooLarge(f"the image has {len(upload.data)} bytes; at most {limits.max_image_bytes} are accepted")
-    # curl and others declare octet-stream for a file name that they do not know.
-    if upload.media_type not in ("", "application/octet-stream") and not is_image_type(upload.media_type):
+    if upload.media_type and not is_accepted(upload.media_type):
         raise UnsupportedMediaType(f"{upload.media_type!r} is not accepted; send one of {', '.join(MEDIA_TYPES)}")
     try:
         with Image.open(BytesIO(upload.data), formats=FORMATS) as image:

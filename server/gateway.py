@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from exporter.bundle import Bundle, BundleError
 from server.admission import Admission
@@ -271,7 +273,7 @@ class Gateway:
         now = asyncio.get_running_loop().time
         started_s = now()
         try:
-            image = await self._decoder.decode(upload)
+            image = await self._decode(upload)
         except ImageError as error:
             self._metrics.image_refused(error.code)
             return error
@@ -280,6 +282,13 @@ class Gateway:
         served = Served(inference, decode_s, now() - arrival_s)
         self._metrics.stages_done(inference, decode_s, served.total_s)
         return served
+
+    async def _decode(self, upload: Upload) -> npt.NDArray[np.uint8]:
+        started_s = time.thread_time()
+        if (image := self._decoder.decode_small(upload)) is None:
+            return await self._decoder.decode(upload)
+        self._metrics.decoded_in_loop(time.thread_time() - started_s)
+        return image
 
     async def _wait_for_siblings(self, link: Link) -> None:
         link.warm(self.policy)

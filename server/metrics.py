@@ -41,7 +41,7 @@ INVALID = "invalid"  # label `budget` of a request whose parameters were refused
 CUSTOM = "custom"  # label `budget` of a request with its own point, label `operating_point` of an unmeasured one
 DENSE = "dense"  # label `operating_point` of a model without experts
 _LOOP_TIME = "vmoe_event_loop_cpu_seconds"
-_LOOP_TIME_TEXT = "Processor time of the event loop: all but inference and decoding."
+_LOOP_TIME_TEXT = "Processor time of the event loop: all but inference and what threads decode."
 _Mode = Literal["livesum", "livemax"]  # how the gauges of several workers become one; dead ones do not count
 STAGES = ("decode", "queue", "inference", "total")
 
@@ -83,6 +83,9 @@ class Metrics:
         )
         self._image_errors = Counter(
             "vmoe_image_errors", "Images refused, by code of the problem.", ("code",), registry=registry
+        )
+        self._loop_decode = Counter(
+            "vmoe_event_loop_decode_cpu_seconds", "Of the event loop's time, decoding small images.", registry=registry
         )
         self._batch_size = Histogram("vmoe_batch_size", "Images per batch.", buckets=_BATCH_SIZES, registry=registry)
         self._served = Counter(
@@ -152,6 +155,10 @@ class Metrics:
 
     def image_refused(self, code: str) -> None:
         self._image_errors.labels(code).inc()
+
+    def decoded_in_loop(self, seconds: float) -> None:
+        """Of processor time."""
+        self._loop_decode.inc(seconds)
 
     def watch(self, scheduler: Scheduler, now: Callable[[], float]) -> None:
         """Adds gauges that are read from the scheduler at each scrape, in the thread of the event loop."""

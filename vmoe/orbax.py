@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmoe.errors import CheckpointError
+from vmoe.extras import install_command
 
 Array = npt.NDArray[np.float32]
 
@@ -85,7 +86,7 @@ def _arrays(folder: Path) -> dict[str, Any]:
         import tensorstore
     except ImportError as error:
         raise CheckpointError(
-            f"{folder} is an Orbax folder, which needs tensorstore: pip install 'vmoe-serving[orbax]'"
+            f"{folder} is an Orbax folder, which needs tensorstore: {install_command('orbax')}"
         ) from error
     base = f"file://{folder.resolve()}/"
     is_ocdbt = (folder / "manifest.ocdbt").is_file()

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vmoe.atomic_directory import is_taken
+from vmoe.console import open_console
 from vmoe.errors import CheckpointError
 
-console = Console()
+console = open_console()
 
 
 def count_progress(*, disable: bool = False) -> Progress:

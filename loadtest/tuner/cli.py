@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from loadtest.errors import LoadtestError
 from loadtest.terminal import clear_errors
 from loadtest.tuner import objective as tuning
+from vmoe.console import open_console
+from vmoe.extras import needs_extra
 
 
 def tune(
@@ -47,10 +48,8 @@ def tune(
     Ctrl-C ends the search early and goes on with the best so far; a second one ends everything and writes nothing.
     """
     with clear_errors():
-        try:
+        with needs_extra("loadtest", "tuning"):
             from loadtest.tuner import command  # needs optuna
-        except ModuleNotFoundError as error:
-            raise LoadtestError(f"tuning needs {error.name}: pip install 'vmoe-serving[loadtest]'") from error
         try:
             loads = tuple(float(each) for each in load.split(","))
         except ValueError as error:
@@ -84,5 +83,5 @@ def tune(
                 gateway=None if url is None else command.Gateway(url, admin_key, grace_ms, images),
                 command=("python", "-m", "loadtest", "tune", *words),
             ),
-            Console(),
+            open_console(),
         )

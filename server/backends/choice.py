@@ -15,6 +15,7 @@ from server.backends.several import SeveralBackends
 from server.backends.triton.address import Address
 from server.metrics import BackendMetrics
 from server.settings import Settings
+from vmoe.extras import install_command
 
 
 def create_backend(
@@ -38,7 +39,7 @@ def create_backend(
         if any(Address.parse(url).protocol == "http" for url in settings.triton_endpoints):
             import server.backends.triton.http_client  # noqa: F401  # another one, better missed here than in a probe
     except (ModuleNotFoundError, RuntimeError) as error:  # tritonclient makes the second of the first
-        raise BackendError(f"backend triton lacks a library: {error}; pip install 'vmoe-serving[triton]'") from error
+        raise BackendError(f"backend triton lacks a library: {error}; {install_command('triton')}") from error
     metrics = BackendMetrics(registry)
     batch_size = min(settings.max_batch_size, bundle.manifest.max_batch_size)
     shared_images = batch_size if settings.triton_shared_memory else 0

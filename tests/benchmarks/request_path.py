@@ -60,7 +60,10 @@ LAYERS: Final[dict[str, tuple[str, ...]]] = {
     "watch for a client that leaves": ("server.routes:_while_connected",),
     "classify": ("server.gateway:Gateway.classify",),
     "admission": ("server.scheduler:Scheduler.check", "server.scheduler:Scheduler.offer"),
-    "decode: hand over": ("server.decode:Decoder.decode",),
+    "decode: hand over": (
+        "server.gateway:Gateway._decode",
+        "server.decode:Decoder.decode",
+    ),
     "decode: checks, pixels": ("server.decode:_decode",),
     "decode: open": ("PIL.Image:open",),
     "decode: fit to the model": ("server.decode:fit",),

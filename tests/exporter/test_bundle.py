@@ -62,7 +62,8 @@ def test_directory_without_a_manifest_is_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"surprise": 1}, "surprise"),
-        ({"schema_version": 2}, "schema_version"),
+        ({"schema_version": 0}, "schema_version: Input should be 1, got 0"),
+        ({"max_batch_size": "many"}, "max_batch_size: Input should be a valid integer, .*, got 'many'"),
         ({"labels": ["one"]}, "1 labels for 5 classes"),
         ({"points": []}, "a sparse model needs operating points"),
         ({"name": "../escape"}, "name"),
@@ -71,6 +72,25 @@ def test_directory_without_a_manifest_is_refused(tmp_path: Path) -> None:
 def test_manifest_that_contradicts_itself_is_refused(directory: Path, changes: dict[str, object], message: str) -> None:
     edit(directory, **changes)
     with pytest.raises(BundleError, match=message):
+        Bundle.load(directory)
+
+
+def test_manifest_with_several_errors_is_refused_in_one_line(directory: Path) -> None:
+    edit(directory, max_batch_size=0, version=[1], points=[{"slots": "x" * 999}])
+    with pytest.raises(BundleError) as refusal:
+        Bundle.load(directory)
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert "https://" not in message
+    assert "more)" in message
+    assert len(message) < 300 + len(str(directory))
+
+
+def test_manifest_of_a_newer_exporter_is_refused_as_such(directory: Path) -> None:
+    edit(directory, schema_version=99, from_the_future=True)
+    with pytest.raises(
+        BundleError, match="written by a newer exporter: it has schema_version 99, this version reads 1"
+    ):
         Bundle.load(directory)
 
 

@@ -301,12 +301,31 @@ def test_bundles_timed_in_one_run_get_times_of_the_same_machine_and_keep_their_a
     [
         (("--profile-with", "b"), "--profile-with goes with --profile-only"),
         (("--profile-only", "--profile-with", "b", "--rounds", "0"), "it takes no --images and no --rounds 0"),
+        (("--profile-only", "--profile-with", "../b"), "a bundle's name is that of a directory"),
     ],
 )
 def test_profile_with_what_it_cannot_do_says_so(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     result = export(tmp_path, *arguments, checkpoint=None)
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("name", ["../tiny", "/tmp", "a/b", ".", "..", "", "tiny\n", ".hidden"])
+@pytest.mark.parametrize("way", ["export", "--profile-only", "--triton-only"])
+def test_name_that_is_not_of_a_directory_is_refused(tmp_path: Path, name: str, way: str) -> None:
+    save_checkpoint(tmp_path / "checkpoint", random_checkpoint(SMALL))
+    before = sorted(tmp_path.rglob("*"))
+    arguments = (str(tmp_path / "checkpoint"),) if way == "export" else (way,)
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "repository"), "--name", name])
+    assert result.exit_code == 2
+    assert "a bundle's name is that of a directory" in " ".join(result.output.replace("│", " ").split())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_profile_only_without_name_asks_for_it() -> None:
+    result = CliRunner().invoke(app, ["--profile-only"])
+    assert result.exit_code == 2
+    assert "--profile-only needs --name" in result.output
 
 
 def test_profile_only_without_latency_keeps_the_record_of_where_it_was_measured(tmp_path: Path) -> None:

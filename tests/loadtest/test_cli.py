@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,13 @@ def test_simulate_when_run_on_the_shipped_bundle_then_the_report_is_printed_and_
     assert all(report[key] is not None for key in keys)
     assert report["latency_s"]["p50"] < report["latency_s"]["p999"]
     assert report["setup"]["kind"] == "simulated"
+
+
+def test_simulate_when_piped_then_no_figure_is_cut(trace: Path) -> None:
+    program = [sys.executable, "-m", "loadtest", "simulate", "--bundle", str(SHIPPED), "--trace", str(trace)]
+    done = subprocess.run(program, check=True, capture_output=True, text=True, env=os.environ | {"COLUMNS": "40"})
+    assert "…" not in done.stdout
+    assert "slack" in done.stdout or "%" in done.stdout
 
 
 def test_html_when_given_reports_then_the_page_shows_them_as_html_of_simulate_does(trace: Path, tmp_path: Path) -> None:

@@ -263,6 +263,7 @@ def test_metrics_when_requests_were_served_then_each_series_moved_by_what_happen
         assert moved("vmoe_stage_seconds_count", stage=stage) == 2
     # Its thread alone: it may have been busy all the time, and not longer.
     assert 0 < moved("vmoe_event_loop_cpu_seconds_total") <= elapsed_s
+    assert 0 < moved("vmoe_event_loop_decode_cpu_seconds_total") < moved("vmoe_event_loop_cpu_seconds_total")
     assert moved("vmoe_batch_size_count") == 2
     assert moved("vmoe_batch_size_sum") == 2
     assert moved("vmoe_served_images_total", operating_point=str(low.operating_point), budget="low") == 1

@@ -181,7 +181,10 @@ async def decode_with_threads(data: bytes, preprocessing: Preprocessing = RGB) -
     decoder = Decoder(preprocessing, LIMITS, threads=1)
     try:
         before = threading.active_count()
-        return await decoder.decode(Upload(data, "image/png")), threading.active_count() - before
+        upload = Upload(data, "image/png")
+        if (image := decoder.decode_small(upload)) is None:
+            image = await decoder.decode(upload)
+        return image, threading.active_count() - before
     finally:
         decoder.close()
 

@@ -82,7 +82,7 @@ def test_backend_when_its_library_is_missing_then_the_program_says_what_to_insta
     )
     assert done.returncode == 1
     assert "does not include http support" in done.stderr
-    assert "pip install 'vmoe-serving[triton]'" in done.stderr
+    assert "pip install -c constraints.txt -e '.[triton]'" in done.stderr
 
 
 def test_server_when_imported_then_torch_is_not() -> None:
@@ -129,7 +129,7 @@ def test_backend_when_tritonclient_is_missing_then_the_extra_is_named() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "pip install 'vmoe-serving[triton]'" in done.stderr
+    assert "pip install -c constraints.txt -e '.[triton]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

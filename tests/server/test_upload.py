@@ -116,7 +116,6 @@ def test_form_when_a_file_has_megabytes_then_it_comes_whole() -> None:
     ("body", "error", "message"),
     [
         (form(), NoImage, "the form has no file"),
-        (b"", NoImage, "the form has no file"),
         (b"garbage", MalformedBody, "no multipart/form-data"),
         (form(part(b"", "Content-Disposition: form-data")), MalformedBody, "unexpected form field ''"),
         (form(part(b"", "X: 1")), MalformedBody, "unexpected form field ''"),
@@ -130,6 +129,28 @@ def test_form_when_a_file_has_megabytes_then_it_comes_whole() -> None:
 def test_form_when_it_is_wrong_then_the_message_says_how(body: bytes, error: type[GatewayError], message: str) -> None:
     with pytest.raises(error, match=message):
         read([body])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        part(b"x")[:-10],
+        part(b"x"),
+        part(b"x") + part(b"y")[:-10],
+        part(b"x") + b"--a b\r\n",
+        part(b"x") + b"--a b-",
+    ],
+)
+def test_form_when_it_ends_before_its_last_boundary_then_no_file_of_it_is_served(body: bytes) -> None:
+    with pytest.raises(MalformedBody, match="the form ends before its last boundary"):
+        read([body])
+
+
+@pytest.mark.parametrize("line", [b"X: " + b"y" * 600, b"X" * 600, b"X: y\r\n" * 3])
+def test_form_when_the_headers_of_a_part_do_not_end_then_nothing_more_is_read(line: bytes) -> None:
+    with pytest.raises(MalformedBody, match="no multipart/form-data"):
+        read([b"--a b\r\n", *[line] * 10], ends=False)  # to read on would be ClientGone
 
 
 def test_form_when_its_media_type_has_no_boundary_then_the_message_says_so() -> None:
@@ -160,7 +181,8 @@ def test_body_when_the_client_leaves_in_between_then_it_is_gone(media_type: byte
         read([part(b"x")], media_type, ends=False)
 
 
-def test_raw_body_when_it_arrives_in_pieces_then_they_are_joined() -> None:
-    uploads, taken = read([b"a", b"", b"bc"], b"image/PNG; x=y")
-    assert uploads == [Upload(b"abc", "image/png")]
+@pytest.mark.parametrize("media_type", [b"image/PNG", b"application/octet-stream"])
+def test_raw_body_when_it_arrives_in_pieces_then_they_are_joined(media_type: bytes) -> None:
+    uploads, taken = read([b"a", b"", b"bc"], media_type + b"; x=y")
+    assert uploads == [Upload(b"abc", media_type.decode().lower())]
     assert taken == (1, 3)

