@@ -7,6 +7,7 @@ import gc
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Final
 
 import uvicorn
@@ -14,7 +15,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
-from exporter.bundle import Bundle, BundleError
+from exporter.bundle import MANIFEST_FILE, Bundle, BundleError
 from server.admin import build_admin_router
 from server.backends.base import Backend, BackendError
 from server.backends.choice import create_backend
@@ -47,11 +48,21 @@ def load_server(settings: Settings, registry: CollectorRegistry, link: Link | No
     Raises:
         BackendError, BundleError, PolicyError, RecordError: it must not listen.
     """
-    bundle = Bundle.load(settings.model_repository / settings.model)
-    others = [Bundle.load(settings.model_repository / name) for name in settings.also_models]
+    bundle = _load_bundle(settings.model_repository, settings.model)
+    others = [_load_bundle(settings.model_repository, name) for name in settings.also_models]
     combined = combine(bundle, others)
     backend = create_backend(settings, bundle, registry, others)
     return create_server(settings, combined.bundle, backend, registry, combined.models, link)
+
+
+def _load_bundle(repository: Path, name: str) -> Bundle:
+    try:
+        return Bundle.load(repository / name)
+    except BundleError as error:
+        if (repository / name).is_dir():
+            raise
+        found = sorted(path.parent.name for path in repository.glob(f"*/{MANIFEST_FILE}"))
+        raise BundleError(f"{error} {repository} has {', '.join(found) or 'none'}") from error
 
 
 def run_server(server: GracefulServer, sockets: list[socket.socket] | None = None) -> None:

@@ -74,7 +74,7 @@ def _round_up(seconds: float) -> float:
     return next(round(decade * step, 9) for step in (1, 2, 5, 10) if decade * step >= seconds * (1 - 1e-9))
 
 
-def check_budgets(budgets: Mapping[str, Budget]) -> None:
+def check_budgets(budgets: Mapping[str, Budget], ladder: Ladder) -> None:
     """Raises `ValueError` unless the default budget exists and floors lie below ceilings."""
     if DEFAULT_BUDGET not in budgets:
         raise ValueError(f"budget {DEFAULT_BUDGET!r} is missing: it serves requests that name none")
@@ -82,5 +82,5 @@ def check_budgets(budgets: Mapping[str, Budget]) -> None:
         if budget.floor > budget.ceiling:
             raise ValueError(
                 f"budget {budget.name!r}: its floor must cost no more than its ceiling, "
-                f"got rung {budget.floor} above rung {budget.ceiling}"
+                f"got the floor {ladder.rungs[budget.floor].name} above the ceiling {ladder.rungs[budget.ceiling].name}"
             )

@@ -6,6 +6,7 @@ The options are the fields of `Settings`; pydantic-settings derives them, so no 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from pydantic_settings import CliApp
 
 from server.app import LOAD_ERRORS, load_server, run_server
 from server.settings import Settings
+from server.workers.listening import ListenError, listen_alone
 from server.workers.supervisor import supervise
 
 logger = logging.getLogger(__name__)
@@ -27,20 +29,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValidationError as error:
         sys.exit(_report(error))
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _warn(settings)
     if settings.workers > 1:
         sys.exit(supervise(settings))
     try:
         server = load_server(settings, CollectorRegistry())
-    except LOAD_ERRORS as error:
+        sockets = listen_alone(settings.host, settings.port)
+    except (*LOAD_ERRORS, ListenError) as error:
         logger.error("%s", error)
         sys.exit(1)
-    run_server(server)
-    if not server.started:
-        sys.exit(1)  # the address is taken; uvicorn has said so
+    for each in sockets:
+        logger.info("listening on %s port %s", *each.getsockname()[:2])
+    run_server(server, sockets)
+
+
+def _warn(settings: Settings) -> None:
+    """Of what is allowed and hardly meant."""
+    if ignored := settings.without_effect:
+        options = ", ".join("--" + name.replace("_", "-") for name in ignored)
+        logger.warning("%s: ignored, for the backend is %s; give --backend triton, too", options, settings.backend)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    if settings.workers > cores:
+        logger.warning(
+            "%d workers share %d cores, and slow each other down: give at most %d", settings.workers, cores, cores
+        )
 
 
 def _report(error: ValidationError) -> int:
     for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"])
-        print(f"setting {name}: {item['msg']}, got {item['input']!r}" if name else item["msg"], file=sys.stderr)
+        name, message = ".".join(str(part) for part in item["loc"]), item["msg"].removeprefix("Value error, ")
+        got = "" if name in ("", "admin_key") else f", got {item['input']!r}"  # a key is for nobody's log
+        print(f"setting {name}: {message}{got}" if name else message, file=sys.stderr)
     return 2

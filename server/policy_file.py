@@ -61,7 +61,7 @@ class _Table(BaseModel):
 class _BudgetTable(_Table):
     ceiling: str | None = None
     floor: str | None = None
-    deadline_ms: float | None = Field(default=None, gt=0, le=3_600_000)
+    deadline_ms: float | None = Field(default=None, ge=1, le=3_600_000)
     weight: float | None = Field(default=None, gt=0, le=1000)
 
 
@@ -174,8 +174,10 @@ def parse_policy(text: str, manifest: Manifest, ladder: Ladder, source: str) -> 
     except ValidationError as error:
         first = error.errors()[0]
         keys = tuple(str(key) for key in first["loc"] if key != "[key]")
+        known = _known(keys) if first["type"] == "extra_forbidden" else ()
+        what = f"unknown; known are {', '.join(known)}" if known else f"{first['msg']}, got {first['input']!r}"
         raise PolicyError(
-            f"{_place(source, text, keys)}: {'.'.join(keys)}: {first['msg']}, got {first['input']!r}"
+            f"{_place(source, text, keys)}: {'.'.join(keys)}: {what.removeprefix('Value error, ')}"
         ) from error
     budgets = dict(default_budgets(manifest, ladder))
     for name, table in config.budgets.items():
@@ -183,10 +185,26 @@ def parse_policy(text: str, manifest: Manifest, ladder: Ladder, source: str) -> 
             if name in _RESERVED:
                 raise ValueError(f"budget name {name!r} is reserved, choose another one")
             budgets[name] = _budget(name, table, budgets.get(name, budgets["auto"]), ladder)
-            check_budgets(budgets)
+            check_budgets(budgets, ladder)
         except ValueError as error:
             raise PolicyError(f"{_place(source, text, ('budgets', name))}: {error}") from error
     return ActivePolicy(config, budgets, source, text)
+
+
+def _known(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """What could stand in place of the last of `keys`; empty in tables that people do not write."""
+    match keys:
+        case (_,):
+            table: type[BaseModel] | None = PolicyConfig
+        case ("budgets", _, _):
+            table = _BudgetTable
+        case ("provenance", _):
+            table = Provenance
+        case (name, _) if name in POLICY_NAMES:
+            table = parameters_of(next(known for known in POLICY_NAMES if known == name))
+        case _:
+            table = None
+    return () if table is None else tuple(field.alias or key for key, field in table.model_fields.items())
 
 
 def _budget(name: str, table: _BudgetTable, default: Budget, ladder: Ladder) -> Budget:
@@ -208,7 +226,7 @@ def _rung(budget: str, key: str, text: str, ladder: Ladder) -> int:
     try:
         return points[str(parse_point(text))]
     except (ValueError, KeyError) as error:
-        known = ", ".join(point.strip("()").replace(" ", "") for point in points)
+        known = ", ".join('"' + point.strip("()").replace(" ", "") + '"' for point in points)
         raise ValueError(
             f"{key} of budget {budget!r} must be an operating point of the manifest ({known or 'none: it is dense'}), "
             f'"cheapest" or "full", got {text!r}'

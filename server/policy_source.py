@@ -58,6 +58,8 @@ class PolicySource:
         """
         if self._name is not None:
             return self._bounded(default_policy(self._manifest, self._ladder, self._name))
+        if self._path.is_dir():
+            raise PolicyError(f"policy {str(self._path)!r} is a directory; name a {POLICY_FILE}, such as one in it")
         if not self._path.exists():
             if self._optional:
                 return self._bounded(default_policy(self._manifest, self._ladder))
@@ -67,8 +69,20 @@ class PolicySource:
         return self._bounded(self._matching(load_policy(self._path, self._manifest, self._ladder)))
 
     def parse(self, text: str, source: str = POSTED) -> ActivePolicy:
-        """As `load`, from the text of a policy.toml."""
-        return self._bounded(self._matching(parse_policy(text, self._manifest, self._ladder, source)))
+        """As `load`, from the text of a policy.toml.
+
+        Raises:
+            PolicyError: as for `load`; or it was posted, and asks for deadlines that would be cut.
+        """
+        active = parse_policy(text, self._manifest, self._ladder, source)
+        longest_ms = 1000 * self._max_deadline_s
+        for name, table in active.config.budgets.items():
+            if source == POSTED and table.deadline_ms is not None and table.deadline_ms > longest_ms:
+                raise PolicyError(
+                    f"{source}: deadline_ms of budget {name!r} must be at most {longest_ms:g}, the request timeout, "
+                    f"got {table.deadline_ms:g}"
+                )
+        return self._bounded(self._matching(active))
 
     def reload(self) -> ActivePolicy:
         """As `load`, for a policy that may have changed since.
@@ -87,12 +101,15 @@ class PolicySource:
         tuned = active.config.provenance
         if tuned is None or tuned.manifest_sha256 == self._manifest_sha256:
             return active
-        what = (
-            f"{active.source} was tuned for the manifest with SHA-256 {tuned.manifest_sha256}, "
-            f"that of the bundle is {self._manifest_sha256 or 'unknown'}"
-        )
+        what = f"{active.source} was tuned for the manifest with SHA-256 {tuned.manifest_sha256}, "
+        if any(rung.model for rung in self._ladder.rungs):
+            what += "and the ladder is one of several bundles, which a policy tuned for one does not fit"
+            remedy = "leave --also out, name another --policy, or use it all the same with --force-policy"
+        else:
+            what += f"that of the bundle is {self._manifest_sha256 or 'unknown'}"
+            remedy = "tune it again, or start with --force-policy"
         if not self._force:
-            raise PolicyError(f"{what}: tune it again, or start with --force-policy")
+            raise PolicyError(f"{what}: {remedy}")
         logger.warning("%s; it is used all the same: force_policy is set", what)
         return active
 

@@ -57,7 +57,11 @@ class ClassifyQuery(BaseModel):
         int | None, Field(description="K: experts per token, from 1. Needs `capacity_factor`.")
     ] = None
     top: Annotated[
-        int | None, Field(ge=1, description="Number of predictions, at most the number of classes. Default 5.")
+        int | None,
+        Field(
+            json_schema_extra={"minimum": 1},  # checked below, where the other end is known
+            description="Number of predictions, at most the number of classes. Default 5.",
+        ),
     ] = None
     explain: Annotated[bool, Field(description="Also list which patches the experts of each layer processed.")] = False
 
@@ -94,7 +98,7 @@ def interpret(query: ClassifyQuery, policy: ActivePolicy, manifest: Manifest, la
         InvalidParameter: the message says what is allowed.
     """
     num_classes = len(manifest.labels)
-    if query.top is not None and query.top > num_classes:
+    if query.top is not None and not 1 <= query.top <= num_classes:
         raise InvalidParameter(f"top must be between 1 and {num_classes}, the number of classes, got {query.top}")
     top = min(_DEFAULT_TOP, num_classes) if query.top is None else query.top
     if query.deadline_ms is not None and query.deadline_ms > 1000 * timeout_s:

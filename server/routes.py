@@ -131,10 +131,12 @@ def build_router(gateway: Gateway, classify: ClassifyEndpoint, registry: Collect
         summary="Classify one or several images",
     )(classify)
 
+    @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz", summary="The process lives")
     async def healthz() -> Health:
         return Health(status="ok")
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get(
         "/readyz",
         responses=problem_responses(errors.NotReady, errors.BackendUnavailable, errors.ShuttingDown),

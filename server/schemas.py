@@ -191,7 +191,7 @@ class PolicyBody(_Body):
     quantile: float = Field(description="of predicted latency, on which admission relies")
     source: str = Field(description="the file, or the default that it came from")
     max_batch_size: int = Field(description="images per batch")
-    workers: int = Field(description="batches that may run at once, now")
+    workers: int = Field(description="batches that this process may run at once, now; not the setting workers")
     budgets: dict[str, BudgetBody]
     provenance: Provenance | None = Field(default=None, description="of a tuned policy; null for any other")
     state: QueueState

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.backends.triton.address import Address
@@ -33,7 +33,7 @@ class Settings(BaseSettings):
         default=1,
         ge=1,
         description="processes that serve the port, each with an engine, a queue and a policy of its own; limits are "
-        "of each. docs/workers.md",
+        "of each. Not the batches that one of them runs at once, which /v1/policy has as workers. docs/workers.md",
     )
     model_repository: Path = Field(default=Path("model_repository"), description="directory that holds the bundles")
     model: str = Field(default="vmoe-fashion-mnist", description="name of the bundle to serve")
@@ -127,6 +127,31 @@ class Settings(BaseSettings):
     @property
     def also_models(self) -> tuple[str, ...]:
         return tuple(name.strip() for name in self.also.split(",") if name.strip())
+
+    @property
+    def without_effect(self) -> tuple[str, ...]:
+        """What was given and is ignored, because no batch goes to a Triton server."""
+        if self.backend == "triton":
+            return ()
+        return tuple(sorted(n for n in self.model_fields_set if n.startswith("triton_") or n == "fallback"))
+
+    @field_validator("host")
+    @classmethod
+    def _host_is_named(cls, host: str) -> str:
+        if not host.strip():
+            raise ValueError("it must be named: 127.0.0.1 for this machine alone, 0.0.0.0 for every interface")
+        return host.strip()
+
+    @field_validator("admin_key")
+    @classmethod
+    def _admin_key_can_be_sent(cls, key: SecretStr) -> SecretStr:
+        given = key.get_secret_value()
+        stripped = given.strip()  # a secret that comes from a file ends with a newline
+        if given and not stripped:
+            raise ValueError("it is blank; give a key, or leave the setting out to switch /v1/admin off")
+        if not all("!" <= each <= "~" for each in stripped):
+            raise ValueError("it must be printable ASCII without spaces, for it is sent in a header")
+        return SecretStr(stripped)
 
     @model_validator(mode="after")
     def _several_bundles_are_embedded(self) -> Settings:

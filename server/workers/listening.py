@@ -1,4 +1,4 @@
-"""One port for several processes: the kernel spreads connections over their listening sockets (SO_REUSEPORT).
+"""The sockets of a port. Of several processes each has its own, and the kernel spreads connections (SO_REUSEPORT).
 
 With one socket for all, an event loop that wakes up takes every connection that waits, so that one worker may get
 nearly all of those that stay open; and a worker cannot stay away from it until it is warm. The price: connections that
@@ -35,21 +35,29 @@ def reserved(host: str, port: int) -> Iterator[list[Address]]:
         raise ListenError(f"several workers need Linux, which spreads connections, this is {sys.platform}; start one")
     addresses: list[Address] = []
     with ExitStack() as stack:
-        try:
-            found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            for family, kind, protocol, _, address in dict.fromkeys(found):
-                # Without SO_REUSEPORT: another gateway that listens there would not be noticed with it.
-                bound = stack.enter_context(_socket(family, kind, protocol))
-                bound.bind((address[0], port, *address[2:]))
-                port = bound.getsockname()[1]
+        with _naming(host, port):
+            for bound in _bind_all(host, port, stack):
+                address = bound.getsockname()
                 # Until workers listen, others can bind the port as well: the price of SO_REUSEADDR, without which
                 # a restart would wait a minute. This name is of the network namespace, as ports are, and goes with us.
                 name = stack.enter_context(socket.socket(socket.AF_UNIX))
-                name.bind(f"\0vmoe-gateway {address[0]}:{port}")
-                addresses.append((family, bound.getsockname()))
-        except OSError as error:
-            raise ListenError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+                name.bind(f"\0vmoe-gateway {address[0]}:{address[1]}")
+                addresses.append((bound.family, address))
         yield addresses
+
+
+def listen_alone(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets of the only process, for all addresses of a host.
+
+    Raises:
+        ListenError: the host is unknown, or somebody listens there.
+    """
+    with ExitStack() as stack, _naming(host, port):
+        sockets = list(_bind_all(host, port, stack))
+        for each in sockets:
+            each.listen()
+        stack.pop_all()
+    return sockets
 
 
 def bind(addresses: Sequence[Address]) -> list[socket.socket]:
@@ -70,6 +78,25 @@ def bind(addresses: Sequence[Address]) -> list[socket.socket]:
                 each.close()
             raise ListenError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror}") from error
     return sockets
+
+
+@contextmanager
+def _naming(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+
+
+def _bind_all(host: str, port: int, stack: ExitStack) -> Iterator[socket.socket]:
+    """A socket for each address of a host; all have the port of the first, also where it is 0."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        # Without SO_REUSEPORT: another gateway that listens there would not be noticed with it.
+        bound = stack.enter_context(_socket(family, kind, protocol))
+        bound.bind((address[0], port, *address[2:]))
+        port = bound.getsockname()[1]
+        yield bound
 
 
 def _socket(family: int, kind: int, protocol: int) -> socket.socket:

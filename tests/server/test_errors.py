@@ -150,7 +150,7 @@ def test_classify_when_media_type_is_missing_then_415(server: httpx.Client) -> N
         ("capacity_factor=nan&num_selected_experts=1", "above 0"),
         ("capacity_factor=1&num_selected_experts=7", "between 1 and 2"),
         ("capacity_factor=1&num_selected_experts=1&budget=low", "exclude each other"),
-        ("top=0", "greater than or equal to 1"),
+        ("top=0", "top must be between 1 and 4, the number of classes, got 0"),
         ("top=5", "between 1 and 4"),
         ("top=many", "valid integer"),
         ("explain=perhaps", "boolean"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from prometheus_client import CollectorRegistry
+from pydantic import SecretStr
 
 from exporter.bundle import Bundle, BundleError, Manifest
 from server.app import create_server
@@ -20,6 +22,7 @@ from server.settings import Settings
 from tests.server.conftest import wait_ready
 
 ROOT = Path(__file__).parents[2]
+CORES = len(os.sched_getaffinity(0))
 
 
 def _png() -> bytes:
@@ -95,9 +98,19 @@ def test_server_when_imported_then_torch_is_not() -> None:
     [
         (["--port", "eighty"], 2, "port"),
         (["--colour", "red"], 2, "--colour"),
-        (["--max-images-per-request", "99", "--max-queue-images", "9"], 2, "max_queue_images"),
+        (
+            ["--max-images-per-request", "99", "--max-queue-images", "9"],
+            2,
+            "\nmax_images_per_request (99) must not exceed",
+        ),
+        (["--host", " "], 2, "setting host: it must be named: 127.0.0.1 for this machine alone, 0.0.0.0 for every"),
+        (["--admin-key", "schlüssel"], 2, "setting admin_key: it must be printable ASCII without spaces"),
+        (["--admin-key", "\n"], 2, "setting admin_key: it is blank"),
+        (["--triton-urls", "a:1", "--model", "nothing"], 1, "--triton-urls: ignored, for the backend is embedded"),
+        (["--workers", str(CORES + 1), "--host", "nowhere.invalid"], 1, f"{CORES + 1} workers share {CORES} cores"),
         (["--triton-urls", "a:8001,https://b:8000"], 2, "http://host:port, got 'https://b:8000'"),
-        (["--model", "nothing"], 1, "is model_repository/nothing a bundle?"),
+        (["--port", "0", "--host", "nowhere.invalid"], 1, "cannot listen on nowhere.invalid:0: "),
+        (["--model", "nothing"], 1, "is model_repository/nothing a bundle? model_repository has vmoe-fashion-mnist"),
         (["--policy", "fxed"], 1, "'fxed' is neither a file nor a policy; policies are foresight, fixed,"),
         (["--policy", "tests/data/policy/bad.toml"], 1, "bad.toml, line 4: budgets.auto.deadline"),
     ],
@@ -109,8 +122,31 @@ def test_command_line_when_wrong_then_it_says_so_before_listening(
         [sys.executable, "-m", "server", *arguments], cwd=ROOT, check=False, capture_output=True, text=True
     )
     assert done.returncode == status
-    assert message in done.stderr
+    assert message in f"\n{done.stderr}"
     assert "Traceback" not in done.stderr
+    assert "schlüssel" not in done.stderr
+
+
+def test_settings_when_the_admin_key_comes_from_a_file_then_its_newline_is_no_part_of_it() -> None:
+    assert Settings(admin_key=SecretStr(" secret\n")).admin_key.get_secret_value() == "secret"
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_health_when_asked_by_head_then_it_answers_without_a_body(serve_fake: Any, path: str) -> None:
+    with serve_fake() as client:
+        answer = client.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_command_line_when_the_port_is_taken_then_it_says_so_and_nothing_is_served() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "server", "--port", str(port)], cwd=ROOT, check=False, capture_output=True, text=True
+        )
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
+    assert "startup" not in done.stderr
 
 
 def test_settings_when_set_twice_then_the_command_line_wins_over_the_environment() -> None:

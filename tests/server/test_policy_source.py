@@ -95,3 +95,29 @@ def test_source_when_a_budget_takes_a_label_of_the_metrics_then_it_is_refused_wi
     (tmp_path / "policy.toml").write_text(f'policy = "fixed"\n[budgets.{name}]\nweight = 2')
     with pytest.raises(PolicyError, match=f"line 2: budget name '{name}' is reserved"):
         source("", tmp_path, manifest).load()
+
+
+def test_source_when_the_policy_is_a_directory_then_the_message_says_what_to_name(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    with pytest.raises(PolicyError, match=r"is a directory; name a policy\.toml"):
+        source(str(tmp_path), tmp_path, manifest).load()
+
+
+def test_source_when_several_bundles_make_the_ladder_then_a_policy_tuned_for_one_does_not_fit(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    (tmp_path / "policy.toml").write_text(tuned(MINE))
+    ladder = Ladder.of(manifest, ["", "int8", "", "int8"])
+    with pytest.raises(
+        PolicyError, match="several bundles, which a policy tuned for one does not fit: leave --also out"
+    ):
+        PolicySource("", Bundle(tmp_path, manifest), ladder, 10).load()
+    assert PolicySource("", Bundle(tmp_path, manifest), ladder, 10, force=True).load().config.policy == "aimd"
+
+
+def test_source_when_a_posted_deadline_would_be_cut_then_it_is_refused(tmp_path: Path, manifest: Manifest) -> None:
+    with pytest.raises(
+        PolicyError, match="deadline_ms of budget 'batch' must be at most 5000, the request timeout, got 60000"
+    ):
+        source("", tmp_path, manifest, max_deadline_s=5).parse("[budgets.batch]\ndeadline_ms = 60000")

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from server.workers.listening import ListenError, bind, reserved
+from server.workers.listening import ListenError, bind, listen_alone, reserved
 
 
 def test_bind_when_several_do_then_each_gets_connections_and_the_rest_go_to_whoever_is_left() -> None:
@@ -73,3 +73,13 @@ def test_reserved_when_others_have_done_so_then_it_is_refused_though_nobody_list
 def test_reserved_when_the_host_is_unknown_then_the_message_names_it() -> None:
     with pytest.raises(ListenError, match=r"cannot listen on nowhere\.invalid:80"), reserved("nowhere.invalid", 80):
         pass
+
+
+def test_listen_alone_when_the_port_is_free_then_connections_come_and_nobody_else_gets_it() -> None:
+    (alone,) = listen_alone("127.0.0.1", 0)
+    with alone:
+        port = alone.getsockname()[1]
+        socket.create_connection(("127.0.0.1", port)).close()
+        for other in (lambda: listen_alone("127.0.0.1", port), lambda: reserved("127.0.0.1", port).__enter__()):
+            with pytest.raises(ListenError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+                other()
