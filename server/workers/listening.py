@@ -25,10 +25,11 @@ class ListenError(Exception):
 
 @contextmanager
 def reserved(host: str, port: int) -> Iterator[list[Address]]:
-    """The addresses of a host, with the port that was taken if it is 0; nobody else gets them meanwhile.
+    """The addresses of a host, with the port that was taken if it is 0; no other gateway with workers gets them
+    meanwhile.
 
     Raises:
-        ListenError: the host is unknown, or somebody listens there.
+        ListenError: the host is unknown, somebody listens there, or another gateway with workers is about to.
     """
     if sys.platform != "linux":
         raise ListenError(f"several workers need Linux, which spreads connections, this is {sys.platform}; start one")
@@ -41,6 +42,10 @@ def reserved(host: str, port: int) -> Iterator[list[Address]]:
                 bound = stack.enter_context(_socket(family, kind, protocol))
                 bound.bind((address[0], port, *address[2:]))
                 port = bound.getsockname()[1]
+                # Until workers listen, others can bind the port as well: the price of SO_REUSEADDR, without which
+                # a restart would wait a minute. This name is of the network namespace, as ports are, and goes with us.
+                name = stack.enter_context(socket.socket(socket.AF_UNIX))
+                name.bind(f"\0vmoe-gateway {address[0]}:{port}")
                 addresses.append((family, bound.getsockname()))
         except OSError as error:
             raise ListenError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error

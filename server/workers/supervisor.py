@@ -1,6 +1,6 @@
 """The parent of the workers: starts them, replaces those that die, passes on signals and policies. Serves nothing.
 
-    SIGTERM, SIGINT    to all workers, which drain; a second one closes at once
+    SIGTERM, SIGINT    to all workers, which drain; a second one closes at once. One that hangs is killed
     SIGHUP             one worker reads the policy, all put it in force
     a worker dies      another one, see `backoff`; where none was ever warm, a setting is bad: all end, exit status 1
     the parent dies    each worker finds its pipe closed, and drains
@@ -11,6 +11,7 @@ uvicorn has a supervisor, which restarts on SIGHUP, replaces for ever, and asks 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Final
 
 from server.policy_file import PolicyText
 from server.settings import Settings
@@ -33,6 +35,11 @@ from server.workers.registry import forget
 from server.workers.worker import Start, work
 
 logger = logging.getLogger(__name__)
+
+# Chosen, not tuned: beyond the limit of the drain, for the last batch to run and the last bytes to leave, which has a
+# limit of 5 s in a worker; and for one that was told to close at once.
+_MARGIN_S: Final = 10.0
+_GRACE_S: Final = 1.0
 
 
 def supervise(settings: Settings) -> int:
@@ -121,6 +128,7 @@ class Supervisor:
         self._stopping = False
         self.stopped_by: int | None = None
         self.failed = False
+        self._kill_s = math.inf  # when those that are left by then are killed
 
     def run(self) -> None:
         """Returns when all workers have ended."""
@@ -136,7 +144,8 @@ class Supervisor:
         """For whatever comes first: a signal, a message, a death, or the time of a replacement."""
         sentinels = [worker.process.sentinel for worker in self._workers.values()]
         pipes = [worker.pipe for worker in self._workers.values() if worker.open]
-        timeout_s = max(0.0, min(self._due.values()) - time.monotonic()) if self._due else None
+        next_s = min(*self._due.values(), self._kill_s, math.inf)
+        timeout_s = None if next_s == math.inf else max(0.0, next_s - time.monotonic())
         ready = set(wait([self._signals, *sentinels, *pipes], timeout_s))
         if self._signals in ready:
             for number in self._signals.recv(64):
@@ -151,6 +160,8 @@ class Supervisor:
             if due_s <= time.monotonic():
                 del self._due[number]
                 self._start(number)
+        if self._kill_s <= time.monotonic():
+            self._kill()
 
     def _start(self, number: int) -> None:
         if self._stopping:  # another one could not be started
@@ -183,11 +194,20 @@ class Supervisor:
     def _stop(self, *, at_once: bool = False) -> None:
         self._stopping = True
         self._due.clear()
+        drain_s = self._settings.shutdown_delay_s + self._settings.drain_timeout_s + _MARGIN_S
+        self._kill_s = min(self._kill_s, time.monotonic() + (_GRACE_S if at_once else drain_s))
         for worker in self._workers.values():
             if worker.released and not at_once:
                 worker.send(Stop())
             else:  # nothing is inside yet, or has to be waited for
                 worker.process.terminate()
+
+    def _kill(self) -> None:
+        """They hang, or wait for something that does."""
+        self._kill_s = math.inf
+        for worker in self._workers.values():
+            logger.error("worker %d has not ended in time: killing it", worker.number)
+            worker.process.kill()
 
     def _hear(self, worker: _Worker) -> None:
         while worker.open and worker.pipe.poll():

@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.benchmarks import process_tree
 from tests.deploy.conftest import tool
+from tests.server.conftest import ignores
 from tests.triton_server import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -248,7 +249,7 @@ def enter_both(fleet: Fleet) -> list[socket.socket]:
 def test_metrics_of_any_worker_are_the_sum_over_both(fleet: Fleet) -> None:
     before = scrape(fleet).get("vmoe_requests_total", 0.0)
     sent = answer_in_both(fleet)
-    assert sum(fleet.answered().values()) == before + sent
+    until(lambda: sum(fleet.answered().values()) == before + sent, os.sched_yield)  # an answer counts once it is sent
     for _ in range(8):
         found = scrape(fleet)
         assert found["vmoe_requests_total"] == before + sent
@@ -347,6 +348,32 @@ def test_sigterm_when_sent_twice_then_nobody_waits_for_what_is_inside(tmp_path: 
             connection.close()
 
 
+@pytest.mark.parametrize("signals", [1, 2])
+def test_sigterm_when_a_worker_hangs_then_it_is_killed_soon_after_its_time_or_at_the_second_one(
+    tmp_path: Path, signals: int
+) -> None:
+    limit_s = {1: 0, 2: 600}[signals]
+    with serving(tmp_path / "fleet", "--drain-timeout-s", str(limit_s)) as fleet:
+        pids = fleet.workers()
+        os.kill(pids[0], signal.SIGSTOP)
+        for number in range(signals):
+            fleet.process.terminate()
+            until(lambda seen=number + 1: fleet.log.count("stopping") == seen, os.sched_yield)  # type: ignore[misc]
+        assert fleet.process.wait(timeout=LIMIT_S) == -signal.SIGTERM
+        assert fleet.log.count("has not ended in time: killing it") >= 1
+        assert fleet.private() == []
+        assert_ended(pids)
+
+
+def test_sighup_when_the_gateway_starts_then_it_starts_nevertheless(tmp_path: Path) -> None:
+    with running(tmp_path / "fleet") as fleet:
+        until(lambda: ignores(fleet.process.pid, signal.SIGHUP), os.sched_yield)
+        fleet.process.send_signal(signal.SIGHUP)
+        fleet.wait_for_log("2 workers, ")
+        fleet.process.send_signal(signal.SIGHUP)
+        fleet.wait_for_log(*(f"worker {number} server.gateway: ready" for number in (1, 2)))
+
+
 def test_supervisor_when_killed_then_no_worker_is_left(tmp_path: Path) -> None:
     with serving(tmp_path / "fleet") as fleet:
         pids = fleet.workers()
@@ -369,3 +396,13 @@ def test_start_when_the_port_is_taken_then_it_is_refused(fleet: Fleet, tmp_path:
     with running(tmp_path / "fleet", "--port", str(fleet.port)) as second:
         assert second.process.wait(timeout=LIMIT_S) == 1
         assert f"cannot listen on 127.0.0.1:{fleet.port}: Address already in use" in second.log
+
+
+def test_start_when_two_do_at_once_then_one_of_them_is_refused(tmp_path: Path) -> None:
+    with running(tmp_path / "first") as first, running(tmp_path / "second", "--port", str(first.port)) as second:
+        both = [first, second]
+        until(lambda: any(each.process.poll() is not None for each in both), os.sched_yield)
+        refused, other = both if first.process.poll() is not None else reversed(both)
+        assert refused.process.wait() == 1
+        refused.wait_for_log(f"cannot listen on 127.0.0.1:{first.port}: Address already in use")
+        other.wait_for_log(*(f"worker {number} server.gateway: ready" for number in (1, 2)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -164,6 +166,12 @@ def serving(
 def wait_ready(client: httpx.Client) -> None:
     while client.get("/readyz").status_code != 200:
         os.sched_yield()
+
+
+def ignores(pid: int, number: signal.Signals) -> bool:
+    """A process a signal, as the kernel says."""
+    (mask,) = re.findall(r"SigIgn:\t([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) & 1 << (number - 1))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from tests.server.conftest import wait_ready
+from tests.server.conftest import ignores, wait_ready
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +38,20 @@ HEAD = (
 @contextmanager
 def run_server(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
     """`python -m server` with the shipped model, ready; killed at the end unless it has stopped."""
+    with start_server(*arguments) as (process, client):
+        wait_until_listening(process)
+        wait_ready(client)
+        yield process, client
+
+
+def wait_until_listening(process: subprocess.Popen[str]) -> None:
+    assert process.stderr is not None
+    assert any("Uvicorn running" in line for line in process.stderr)
+
+
+@contextmanager
+def start_server(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """The same, which has only just begun."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     process = subprocess.Popen(
@@ -48,11 +62,7 @@ def run_server(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], httpx.C
     )
     assert process.stderr is not None
     try:
-        for line in process.stderr:
-            if "Uvicorn running" in line:
-                break
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            wait_ready(client)
             yield process, client
     finally:
         process.kill()
@@ -125,6 +135,17 @@ def test_sighup_when_the_file_is_good_then_it_is_in_force_and_when_it_is_bad_the
             if "policy.toml, line 2: quantile" in line and "the policy in force stays" in line:
                 break
         assert client.get("/v1/policy").json()["budgets"]["edge"]["deadline_ms"] == 40
+        process.terminate()
+        assert process.wait(timeout=30) == -signal.SIGTERM
+
+
+def test_sighup_when_the_gateway_starts_then_it_starts_nevertheless() -> None:
+    with start_server() as (process, client):
+        while not ignores(process.pid, signal.SIGHUP):
+            assert process.poll() is None
+        process.send_signal(signal.SIGHUP)
+        wait_until_listening(process)
+        wait_ready(client)
         process.terminate()
         assert process.wait(timeout=30) == -signal.SIGTERM
 

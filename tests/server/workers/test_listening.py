@@ -49,14 +49,25 @@ def _state(client: socket.socket) -> str:
 
 
 def test_reserved_when_others_listen_there_then_it_is_refused_though_they_share() -> None:
-    with reserved("127.0.0.1", 0) as addresses, bind(addresses)[0] as other:
-        other.listen()
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as other:
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(ListenError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"),
+            reserved("127.0.0.1", port),
+        ):
+            pass
+
+
+def test_reserved_when_others_have_done_so_then_it_is_refused_though_nobody_listens_yet() -> None:
+    with reserved("127.0.0.1", 0) as addresses:
         port = int(addresses[0][1][1])
         with (
             pytest.raises(ListenError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"),
             reserved("127.0.0.1", port),
         ):
             pass
+    with reserved("127.0.0.1", port) as again:  # given back
+        assert again == addresses
 
 
 def test_reserved_when_the_host_is_unknown_then_the_message_names_it() -> None:
