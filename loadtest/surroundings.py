@@ -164,7 +164,7 @@ class SurroundedRun:
         now = self._now
         deadline_s = now + float(self._out.deadline_s[index])
         request = Request(now, deadline_s, budget, budget.floor, budget.ceiling, payload=(index, now))
-        refusal = self._scheduler.check(request, now)
+        refusal = self._scheduler.check((request,), now)
         if refusal is not None:
             self._refuse(index, refusal.reason)
         else:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from server.deadline_queue import Request
 
-ShedReason = Literal["deadline", "share", "queue_full", "queue_bytes", "backend"]
+ShedReason = Literal["deadline", "share", "queue_full", "queue_bytes", "backend", "decoding", "too_short"]
 ServeReason = Literal["ceiling", "slack", "load", "pinned", "fallback"]
 
 
@@ -17,12 +17,13 @@ class Refusal:
 
     Attributes:
         reason: a label of the metrics.
-        retry_after_s: when the backlog will have room, should nobody else come.
+        retry_after_s: when the backlog will have room, should nobody else come. None where no backlog is the cause: an
+            idle gateway would refuse it, too.
         detail: for people.
     """
 
     reason: ShedReason
-    retry_after_s: float
+    retry_after_s: float | None
     detail: str
 
 

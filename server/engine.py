@@ -81,22 +81,27 @@ class Engine:
         """The backend can run more batches at once than it could, or fewer."""
         self._wake.set()
 
-    def check(self, request: Request) -> None:
+    def check(self, requests: Sequence[Request]) -> None:
         """Refuses what `infer` would refuse, before anything is spent on it.
 
+        Arguments:
+            requests: the images of one form; alike but for their pixels.
+
         Raises:
-            Unavailable: it cannot be answered in time behind what waits already, or the queue is full.
+            Unavailable: they cannot all be answered in time behind what waits already, or the queue is full.
+            DeadlineExceeded: an idle gateway could not answer them in time either.
         """
         self._ask_backend()
-        if refusal := self._scheduler.check(request, asyncio.get_running_loop().time()):
-            raise self._shed(request, refusal)
+        if refusal := self._scheduler.check(requests, asyncio.get_running_loop().time()):
+            raise self._shed(requests[0], refusal, len(requests))
 
     async def infer(self, request: Request, work: Work) -> Inference:
         """Waits for the image's turn and its result. Cancelling takes the image out of the queue.
 
         Raises:
             Unavailable: as for `check`; or the engine takes no more work, or stopped before this image's turn.
-            DeadlineExceeded: its turn would have come too late, or its batch takes too long for it.
+            DeadlineExceeded: decoding left too little time, its turn would have come too late, or its batch takes too
+                long for it.
             InferenceFailed: the model failed, or its answer is not finite.
             GatewayError: what the backend gave as the reason of its failure.
         """
@@ -138,8 +143,10 @@ class Engine:
             self._fail(batch.requests, ShuttingDown, "the gateway stopped while this image was being classified")
         self._fail(self._scheduler.clear(), ShuttingDown, "the gateway stopped before this image's turn")
 
-    def _shed(self, request: Request, refusal: Refusal) -> Unavailable:
-        self._metrics.shed(request.budget.name, refusal.reason)
+    def _shed(self, request: Request, refusal: Refusal, images: int = 1) -> GatewayError:
+        self._metrics.shed(request.budget.name, refusal.reason, images)
+        if refusal.retry_after_s is None:
+            return DeadlineExceeded(refusal.detail)
         return _REFUSALS[refusal.reason](refusal.detail, refusal.retry_after_s)
 
     def _ask_backend(self) -> None:

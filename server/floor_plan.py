@@ -76,6 +76,15 @@ def _uniform_delay_s(
     return 0.0
 
 
+def most_alone(latency: LatencyModel, rung: int, slack_s: float, workers: int, size: int) -> int:
+    """Images at one rung that idle workers finish within `slack_s`, in batches of `size`; only the last is smaller."""
+    full_s = latency.uniform_s(rung, size, high=True)
+    rounds = max(int((slack_s + EPSILON_S) // full_s), 0)
+    rest_s = slack_s - rounds * full_s + EPSILON_S
+    last = largest_within(latency, rung, rest_s, size) if latency.uniform_s(rung, 1, high=True) <= rest_s else 0
+    return workers * rounds * size + last
+
+
 def largest_within(latency: LatencyModel, rung: int, limit_s: float, most: int) -> int:
     """The largest batch at one rung whose predicted q-quantile is within a limit; at least 1, at most `most`."""
     low, high = 1, most

@@ -246,15 +246,20 @@ class Gateway:
             GatewayError: the request as a whole failed.
         """
         uploaded_s = asyncio.get_running_loop().time()
-        work = [self._classify_one(upload, ask, arrival_s, uploaded_s) for upload in uploads]
+        requests = [self._request(ask, uploaded_s) for _ in uploads]
+        self._engine.check(requests)
+        work = [
+            self._classify_one(upload, request, ask, arrival_s)
+            for upload, request in zip(uploads, requests, strict=True)
+        ]
         try:
             async with asyncio.timeout_at(uploaded_s + self._request_timeout_s):
                 return [await work[0]] if len(work) == 1 else await _all_or_none(work)  # one needs no task
         except TimeoutError as error:
             raise DeadlineExceeded(f"no answer within {self._request_timeout_s:g} s") from error
 
-    async def _classify_one(self, upload: Upload, ask: Ask, arrival_s: float, uploaded_s: float) -> Served | ImageError:
-        request = Request(
+    def _request(self, ask: Ask, uploaded_s: float) -> Request:
+        return Request(
             arrival_s=uploaded_s,
             deadline_s=uploaded_s + ask.deadline_s,
             budget=ask.budget,
@@ -263,7 +268,8 @@ class Gateway:
             size_bytes=self._image_bytes,
             pinned=ask.pinned is not None,
         )
-        self._engine.check(request)
+
+    async def _classify_one(self, upload: Upload, request: Request, ask: Ask, arrival_s: float) -> Served | ImageError:
         now = asyncio.get_running_loop().time
         started_s = now()
         try:

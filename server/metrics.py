@@ -96,7 +96,7 @@ class Metrics:
         by_budget = ("budget",)
         self._offered = Counter("vmoe_offered_images", "Images admitted or shed.", by_budget, registry=registry)
         self._admitted = Counter("vmoe_admitted_images", "Images admitted.", by_budget, registry=registry)
-        self._shed = Counter("vmoe_shed_images", "Images refused for load.", ("budget", "reason"), registry=registry)
+        self._shed = Counter("vmoe_shed_images", "Images refused, by reason.", ("budget", "reason"), registry=registry)
         self._cancelled = Counter(
             "vmoe_cancelled_images", "Images given up before their deadline.", by_budget, registry=registry
         )
@@ -180,9 +180,9 @@ class Metrics:
         series.offered.inc()
         series.admitted.inc()
 
-    def shed(self, budget: str, reason: ShedReason) -> None:
-        self._of(budget).offered.inc()
-        self._shed.labels(budget, reason).inc()
+    def shed(self, budget: str, reason: ShedReason, images: int = 1) -> None:
+        self._of(budget).offered.inc(images)
+        self._shed.labels(budget, reason).inc(images)
 
     def cancelled(self, budget: str) -> None:
         self._of(budget).cancelled.inc()

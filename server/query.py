@@ -37,7 +37,7 @@ class ClassifyQuery(BaseModel):
             ge=1,
             allow_inf_nan=False,
             description="When the answer is due, from the end of the upload; at most the request timeout. Default: the "
-            "budget's. What cannot be answered in time is refused at once.",
+            "budget's. Decoding counts. What cannot be answered in time is refused at once.",
         ),
     ] = None
     min_accuracy: Annotated[

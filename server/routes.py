@@ -81,8 +81,9 @@ def build_classify(
         One image is answered with a `Classification`, several with `Classifications`, where a bad image has a problem
         in its place. `budget` says between which operating points an image may be served, and how soon (see
         `/v1/policy`); `capacity_factor` with `num_selected_experts` sets one point by hand. The deadline runs from the
-        end of the upload. An image that cannot meet it is refused at once, with `Retry-After`; one that turns out late
-        by up to 50 ms is answered all the same, with `deadline_met` false, and one that would be later gets 504.
+        end of the upload. What cannot meet it behind those that wait is refused at once, with `Retry-After`, forms as a
+        whole; 504 where an idle gateway could not either, or decoding took too long. An image that turns out late by up
+        to 50 ms is answered all the same, with `deadline_met` false, and one that would be later gets 504.
         """
         loop = asyncio.get_running_loop()
         arrival_s = loop.time()

@@ -2,6 +2,7 @@
 
 The live engine and the simulator drive this same object:
 
+    check(requests, now)      what it would say to these together: before work is spent on them
     offer(request, now)       admits it, or says why not and when to come back
     next_batch(now)           when a worker is free: the batch that starts now, and the requests that can only be late
     on_batch_done(batch, now) gives the worker back and teaches the latency model
@@ -21,12 +22,13 @@ keeps it. Where a slow batch has broken it already, the largest batch that still
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from server.deadline_queue import DeadlineQueue, Request
 from server.decision import Batch, Refusal, ServeReason
-from server.floor_plan import EPSILON_S, plan_excess_s
+from server.floor_plan import EPSILON_S, largest_within, most_alone, plan_excess_s
 from server.ladder import Ladder
 from server.latency import LatencyModel
 from server.offered_load import LONG_HORIZON, OfferedLoad
@@ -109,25 +111,30 @@ class Scheduler:
 
     # -- transitions
 
-    def check(self, request: Request, now: float) -> Refusal | None:
-        """What `offer` would answer, without admitting. A refusal counts as an arrival, an admission does not.
+    def check(self, requests: Sequence[Request], now: float) -> Refusal | None:
+        """What `offer` would answer to all of them at once, without admitting. A refusal counts as their arrival, an
+        admission does not.
 
-        Lets the caller refuse before it spends work on a request, such as decoding it.
+        Lets the caller refuse before it spends work on requests, such as decoding them.
+
+        Arguments:
+            requests: alike in budget, range, arrival and deadline: the images of one form.
         """
-        admitted = self._try(request, now)
+        admitted = self._try(requests, now)
         if isinstance(admitted, Refusal):
-            self._count_arrival(request, now)
-            self.policy.shed(now)
+            for request in requests:
+                self._count_arrival(request, now)
+                self._tell_policy(admitted, now)
             return admitted
-        self.queue.take(admitted, admitted + 1)
+        self.queue.take(admitted, admitted + len(requests))
         return None
 
     def offer(self, request: Request, now: float) -> Refusal | None:
         """Admits a request; None, or why not."""
-        admitted = self._try(request, now)
+        admitted = self._try((request,), now)
         self._count_arrival(request, now)
         if isinstance(admitted, Refusal):
-            self.policy.shed(now)
+            self._tell_policy(admitted, now)
             return admitted
         self._shares.entered(request)
         return None
@@ -187,33 +194,72 @@ class Scheduler:
 
     # -- admission
 
-    def _try(self, request: Request, now: float) -> Refusal | int:
-        """Puts the request into the queue and returns its position; leaves the queue as it was where it cannot stay."""
+    def _try(self, requests: Sequence[Request], now: float) -> Refusal | int:
+        """Puts requests that are alike into the queue and returns the position of the first, which the others follow;
+        leaves the queue as it was where they cannot stay."""
         if not self.policy.degrades:
-            request.floor = request.ceiling
-        limits, queue = self.limits, self.queue
+            for each in requests:
+                each.floor = each.ceiling
+        limits, queue, request, images = self.limits, self.queue, requests[0], len(requests)
         if not self.workers:
             return Refusal("backend", 1.0, "no inference server is available")
-        if len(queue) >= limits.max_requests:
-            return Refusal(
-                "queue_full", self._drain_s(request), f"{len(queue)} requests wait, the limit is {limits.max_requests}"
-            )
-        if queue.size_bytes + request.size_bytes > limits.max_bytes:
-            detail = f"{queue.size_bytes} bytes wait and {request.size_bytes} more do not fit into {limits.max_bytes}"
+        if len(queue) + images > limits.max_requests:
+            detail = f"{len(queue)} images wait and {images} more do not fit: at most {limits.max_requests} may wait"
+            return Refusal("queue_full", self._drain_s(request), detail)
+        if queue.size_bytes + images * request.size_bytes > limits.max_bytes:
+            more = images * request.size_bytes
+            detail = f"{queue.size_bytes} bytes wait and {more} more do not fit into {limits.max_bytes}"
             return Refusal("queue_bytes", self._drain_s(request), detail)
-        if (excess_s := self._shares.excess_s(request, now, self.workers, self._cost_s)) > 0:
+        if (excess_s := self._shares.excess_s(request, now, self.workers, self._cost_s, images)) > 0:
             return Refusal("share", excess_s, f"budget {request.budget.name!r} has used up its share of the queue")
         position = queue.insert(request)
+        for each in requests[1:]:
+            queue.insert(each)
         if not (excess_s := self._plan_excess_s(self._free_s(now), 0, now)):
             return position
-        queue.take(position, position + 1)
-        left_ms, excess_ms = 1000 * (request.deadline_s - now), 1000 * excess_s
+        queue.take(position, position + images)
+        return self._hopeless(request, images, now) or self._overloaded(request, images, excess_s, now)
+
+    def _hopeless(self, request: Request, images: int, now: float) -> Refusal | None:
+        """Why an idle gateway could not answer as many like `request` in time either; None where it could."""
+        allowed_s, spent_s = request.deadline_s - request.arrival_s, now - request.arrival_s
+        if self._most_alone(request, allowed_s - spent_s, now) >= images:
+            return None
+        image_s = self.latency.uniform_s(request.floor, 1, high=True)
+        one = f"an image takes {1000 * image_s:.1f} ms on an idle gateway, at the cheapest operating point allowed"
+        allowed = f"{1000 * allowed_s:g} ms"
+        fit = self._most_alone(request, allowed_s, now)
+        if fit >= images:
+            spent = f"decoding took {1000 * spent_s:.0f} ms of the {allowed} allowed, and {one}"
+            return Refusal("decoding", None, f"{spent}; send smaller images, or allow more time")
+        if images == 1 or not fit:
+            return Refusal("too_short", None, f"{one}, and {allowed} are allowed; allow more time")
+        return Refusal(
+            "too_short",
+            None,
+            f"{images} images take longer than the {allowed} allowed even on an idle gateway, at the cheapest "
+            f"operating point allowed; send at most {fit} in a form, or allow more time",
+        )
+
+    def _most_alone(self, request: Request, slack_s: float, now: float) -> int:
+        """Images like `request` that an idle gateway would admit with `slack_s` left: see `plan_excess_s`."""
+        latency, floor, most = self.latency, request.floor, self.limits.max_batch_size
+        suitable = largest_within(latency, floor, self.batch_limit_s(now), most)
+        return max(most_alone(latency, floor, slack_s, self.workers, size) for size in {suitable, most})
+
+    def _overloaded(self, request: Request, images: int, excess_s: float, now: float) -> Refusal:
+        waiting, running = len(self.queue), sum(len(batch.requests) for batch in self.running)
         return Refusal(
             "deadline",
             excess_s,
-            f"{len(queue)} requests wait: {left_ms:.0f} ms are left, {excess_ms:.0f} ms more are needed even at the "
-            "cheapest operating point allowed",
+            f"{waiting} images wait and {running} are in batches: {1000 * (request.deadline_s - now):.0f} ms are left, "
+            f"{math.ceil(1000 * excess_s)} ms more are needed for {images} more, even at the cheapest operating point "
+            "allowed",
         )
+
+    def _tell_policy(self, refusal: Refusal, now: float) -> None:
+        if refusal.retry_after_s is not None:  # what an idle gateway refuses says nothing about load
+            self.policy.shed(now)
 
     def _count_arrival(self, request: Request, now: float) -> None:
         self._load.arrived(request.kind, now)

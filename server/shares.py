@@ -78,14 +78,18 @@ class Shares:
         active = (c.budget.deadline_s for c in self._classes.values() if now - c.seen_s < ACTIVE_S)
         return min(active, default=float("inf"))
 
-    def excess_s(self, request: Request, now: float, workers: int, cost_s: Callable[[int], float]) -> float:
+    def excess_s(
+        self, request: Request, now: float, workers: int, cost_s: Callable[[int], float], images: int = 1
+    ) -> float:
         """By how many seconds of floor work its class would exceed its limit; not above 0 where it would not.
 
         Arguments:
             cost_s: of an image in a full batch at a rung.
+            images: as many like `request` at once. A class of which nobody waits may always have one.
         """
         mine = self._classes.get(request.budget.name)
-        if mine is None or not mine.waiting:
+        waiting = {} if mine is None else mine.waiting
+        if not waiting and images == 1:
             return 0.0
         others = [c for c in self._classes.values() if c is not mine and now - c.seen_s < ACTIVE_S]
         if not others:
@@ -96,5 +100,5 @@ class Shares:
             min(c.budget.weight / weights, rates.get(c.budget.name, 0.0) * cost_s(c.floor) / workers) for c in others
         )
         share = max(request.budget.weight / weights, 1.0 - reserved)
-        work_s = sum(count * cost_s(floor) for floor, count in mine.waiting.items())
-        return work_s + cost_s(request.floor) - max(request.deadline_s - now, 0.0) * share * workers
+        work_s = sum(count * cost_s(floor) for floor, count in waiting.items())
+        return work_s + images * cost_s(request.floor) - max(request.deadline_s - now, 0.0) * share * workers

@@ -42,7 +42,7 @@ def offered(
     url: str, trace: Trace, setup: Setup, progress: Callable[[Recorder], None] = lambda recorder: None, **terms: float
 ) -> tuple[Record, Report]:
     plan = Plan(trace, "test", Terms(**({"warmup_s": 0.0, "timeout_s": 10.0, "grace_s": 0.0} | terms)), seed=0)
-    target = Target(url, "model", LABELS, "fixed", "test", {"auto": 0.1})
+    target = Target(url, "model", LABELS, "fixed", "test", {"auto": 0.1}, None, None)
 
     async def main() -> Record:
         timeout = aiohttp.ClientTimeout(total=plan.terms.timeout_s)
@@ -50,7 +50,7 @@ def offered(
             return await offer(Client(session, target), plan, load_images(SAMPLE, LABELS), progress)
 
     record = asyncio.run(main())
-    return record, live_report(record, plan.trace, plan.terms, setup)
+    return record, live_report(record, plan.trace, plan.terms, setup, (None, None))
 
 
 def load(

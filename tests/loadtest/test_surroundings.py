@@ -151,7 +151,7 @@ def test_surroundings_when_refusals_flood_the_loop_then_answers_wait_for_them(su
     trace = Trace.of(arrival_s, deadline_s=np.array([1.0] + 10 * [0.01 * MS]))
     machine = Machine(subject.latency(), noise=0.0, surroundings=costs)
     outcomes = simulate(trace, subject.scheduler(active), active, machine)
-    assert (outcomes.outcome[1:] == Outcome.SHED).all()
+    assert (outcomes.outcome[1:] >= Outcome.SHED).all()
     # Fronts first, then refusals, then what became ready meanwhile: the end of the batch.
     assert alone_s(subject) < 11 * MS
     assert outcomes.latency_s[0] == pytest.approx(0.5 * MS + 11 * MS)

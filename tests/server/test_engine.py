@@ -229,16 +229,35 @@ def test_engine_when_a_deadline_cannot_be_met_then_it_is_refused_at_once() -> No
             bench.send()
             await until_queued()
         with pytest.raises(Overloaded) as refused:
-            await bench.send(deadline_s=0.09)
+            await bench.send(deadline_s=0.11)
         assert now_s() == 0
         assert refused.value.retry_after_s == 1
         with pytest.raises(Overloaded):
-            bench.engine.check(Request(0, 0.09, AUTO, 3, 3))
+            bench.engine.check([Request(0, 0.11, AUTO, 3, 3)])
         await asyncio.gather(*bench.tasks[:9])
         assert bench.value("vmoe_offered_images_total", budget="auto") == 11
         assert bench.value("vmoe_admitted_images_total", budget="auto") == 9
         assert bench.value("vmoe_shed_images_total", budget="auto", reason="deadline") == 2
         assert bench.value("vmoe_deadline_images_total", budget="auto", outcome="met") == 9
+
+    run(scenario)
+
+
+def test_engine_when_decoding_took_the_time_then_it_says_so_and_does_not_ask_to_try_again() -> None:
+    async def scenario(bench: Bench) -> None:
+        request, work = Request(now_s(), now_s() + 0.5, AUTO, 3, 3), Work(np.zeros((8, 8, 1), np.uint8), False)
+        bench.engine.check([request])
+        await asyncio.sleep(0.45)  # 50 ms are left, one image takes 100
+        with pytest.raises(
+            DeadlineExceeded, match="decoding took 450 ms of the 500 ms allowed, and an image takes 100"
+        ) as late:
+            await bench.engine.infer(request, work)
+        assert late.value.retry_after_s is None
+        await asyncio.sleep(0.2)  # passed
+        with pytest.raises(DeadlineExceeded, match="decoding took 650 ms of the 500 ms allowed"):
+            await bench.engine.infer(request, work)
+        assert bench.value("vmoe_offered_images_total", budget="auto") == 2
+        assert bench.value("vmoe_shed_images_total", budget="auto", reason="decoding") == 2
 
     run(scenario)
 
@@ -266,7 +285,7 @@ def test_engine_when_the_queue_is_full_then_it_says_so() -> None:
         await until_queued()
         bench.send()
         await until_queued()
-        with pytest.raises(QueueFull, match="1 requests wait, the limit is 1"):
+        with pytest.raises(QueueFull, match="1 images wait and 1 more do not fit: at most 1"):
             await bench.send()
         await asyncio.gather(*bench.tasks[:2])
 
@@ -437,9 +456,9 @@ def test_engine_when_clients_cancel_at_any_time_then_everybody_else_is_answered_
         assert sorted(number for number, _ in outcomes) == list(range(clients))
         kinds = [kind for _, kind in outcomes]
         assert min(kinds.count(kind) for kind in ("answered", "cancelled", "overloaded")) > 20, "it tests nothing"
-        offered, shed = (
-            bench.value(f"vmoe_{name}_images_total", budget="auto", **labels)
-            for name, labels in (("offered", {}), ("shed", {"reason": "deadline"}))
+        offered = bench.value("vmoe_offered_images_total", budget="auto")
+        shed = sum(
+            bench.value("vmoe_shed_images_total", budget="auto", reason=reason) for reason in ("deadline", "too_short")
         )
         ended = bench.value("vmoe_cancelled_images_total", budget="auto") + sum(
             bench.value("vmoe_deadline_images_total", budget="auto", outcome=outcome) for outcome in ("met", "missed")

@@ -194,7 +194,7 @@ def test_admin_policy_when_the_key_is_missing_then_401(serve_fake: Any, method: 
         assert_problem(client.request(method, "/v1/admin/policy"), 401, "unauthorized")
 
 
-def test_classify_when_the_deadline_cannot_be_met_then_503_before_anything_is_decoded(
+def test_classify_when_an_idle_gateway_cannot_meet_the_deadline_then_504_before_anything_is_decoded(
     serve_fake: Any, manifest: Manifest
 ) -> None:
     # A profile of 5 s per image. The fake is faster, of which the warm-up convinces the latency model only partly.
@@ -202,10 +202,32 @@ def test_classify_when_the_deadline_cannot_be_met_then_503_before_anything_is_de
     points = tuple(point.model_copy(update={"latency": slow}) for point in manifest.points)
     with serve_fake(manifest.model_copy(update={"points": points})) as client:
         response = client.post("/classify?deadline_ms=1000", content=b"no image", headers=IMAGE["headers"])
-        problem = assert_problem(response, 503, "overloaded")
-        assert "even at the cheapest operating point allowed" in problem["detail"]
-        assert int(response.headers["retry-after"]) > 1
-        assert 'vmoe_shed_images_total{budget="auto",reason="deadline"} 1.0' in client.get("/metrics").text
+        problem = assert_problem(response, 504, "deadline_exceeded")
+        assert (
+            "on an idle gateway, at the cheapest operating point allowed, and 1000 ms are allowed" in problem["detail"]
+        )
+        assert "retry-after" not in response.headers
+        metrics = client.get("/metrics").text
+        assert 'vmoe_offered_images_total{budget="auto"} 1.0' in metrics
+        assert 'vmoe_shed_images_total{budget="auto",reason="too_short"} 1.0' in metrics
+        assert 'vmoe_admitted_images_total{budget="auto"} 0.0' in metrics
+
+
+def test_classify_when_a_form_is_too_large_for_its_deadline_then_it_is_refused_as_a_whole(
+    serve_fake: Any, backend: Any, manifest: Manifest
+) -> None:
+    slow = (Latency(batch_size=1, median_s=5, p99_s=5.1),)
+    points = tuple(point.model_copy(update={"latency": slow}) for point in manifest.points)
+    with serve_fake(manifest.model_copy(update={"points": points}), request_timeout_s=60) as client:
+        files = [("image", ("a", b"no image"))] * 64
+        detail = assert_problem(client.post("/classify?deadline_ms=20000", files=files), 504, "deadline_exceeded")[
+            "detail"
+        ]
+        assert detail.startswith("64 images take longer than the 20000 ms allowed even on an idle gateway")
+        assert not backend.batches
+        metrics = client.get("/metrics").text
+        assert 'vmoe_offered_images_total{budget="auto"} 64.0' in metrics
+        assert 'vmoe_shed_images_total{budget="auto",reason="too_short"} 64.0' in metrics
 
 
 def test_classify_when_a_request_became_late_in_the_queue_then_504(serve_fake: Any, backend: Any) -> None:

@@ -44,7 +44,7 @@ def test_offer_when_the_floor_plan_is_in_time_then_it_is_admitted_until_it_is_no
     assert isinstance(refusal, Refusal)
     assert refusal.reason == "deadline"
     assert refusal.retry_after_s == pytest.approx(9 * 0.010 * HIGH + 0.008 * HIGH - 0.1, abs=1e-4)
-    assert "77 requests wait" in refusal.detail
+    assert "77 images wait and 0 are in batches" in refusal.detail
 
 
 def test_offer_when_a_batch_runs_then_its_predicted_end_counts() -> None:
@@ -92,14 +92,87 @@ def test_offer_when_one_request_exceeds_all_bytes_then_it_is_refused_by_an_empty
 
 def test_check_when_it_would_be_admitted_then_nothing_is_left_behind() -> None:
     target = scheduler(Propose(0))
-    assert target.check(request(), 0.0) is None
+    assert target.check([request()], 0.0) is None
     assert (len(target.queue), target.has_work, target.arrival_rate_hz(0.0)) == (0, False, 0)
 
 
 def test_check_when_it_would_be_refused_then_it_counts_as_an_arrival() -> None:
     target = scheduler(Propose(0))
-    assert target.check(request(deadline_s=0.001), 0.0) is not None
+    assert target.check([request(deadline_s=0.001)], 0.0) is not None
     assert target.arrival_rate_hz(0.0) > 0
+
+
+class CountShed(Propose):
+    """Remembers how often it heard of a refusal."""
+
+    heard = 0
+
+    def shed(self, now: float) -> None:
+        self.heard += 1
+
+
+def test_offer_when_an_idle_gateway_could_not_either_then_there_is_no_point_in_trying_again() -> None:
+    policy = CountShed(0)
+    target = scheduler(policy)
+    # One image takes (2 + 1) * 1.026 = 3.08 ms.
+    too_short = target.offer(request(deadline_s=0.003), 0.0)
+    assert too_short is not None
+    assert (too_short.reason, too_short.retry_after_s) == ("too_short", None)
+    assert too_short.detail.startswith(
+        "an image takes 3.1 ms on an idle gateway, at the cheapest operating point allowed, "
+    )
+    assert policy.heard == 0  # nothing that a cheaper operating point could change
+    assert target.offer(request(deadline_s=0.0031), 0.0) is None
+
+
+def test_offer_when_decoding_took_the_time_then_it_says_how_much() -> None:
+    target = scheduler(Propose(0))
+    for now, spent in ((0.098, "98"), (0.12, "120")):
+        refusal = target.offer(request(), now)
+        assert refusal is not None
+        assert (refusal.reason, refusal.retry_after_s) == ("decoding", None)
+        assert f"decoding took {spent} ms of the 100 ms allowed" in refusal.detail
+    assert target.offer(request(), 0.0965) is None  # 3.5 ms are left for 3.1
+
+
+def test_check_when_a_form_fits_only_in_part_then_it_is_refused_as_a_whole() -> None:
+    # 77 images fit into 100 ms, see above.
+    target = scheduler(Propose(0))
+    assert target.check([request() for _ in range(77)], 0.0) is None
+    refusal = target.check([request() for _ in range(78)], 0.0)
+    assert refusal is not None
+    assert (refusal.reason, refusal.retry_after_s, len(target.queue)) == ("too_short", None, 0)
+    assert refusal.detail.startswith("78 images take longer than the 100 ms allowed even on an idle gateway")
+    assert "at most 77 in a form" in refusal.detail
+
+
+def test_check_when_others_wait_then_a_form_that_an_idle_gateway_would_take_may_come_again() -> None:
+    target = scheduler(Propose(0))
+    admitted(target, *[request() for _ in range(20)])
+    refusal = target.check([request() for _ in range(60)], 0.0)
+    assert refusal is not None
+    assert refusal.reason == "deadline"
+    assert refusal.retry_after_s is not None
+    assert refusal.detail.startswith("20 images wait and 0 are in batches: 100 ms are left")
+    assert len(target.queue) == 20
+    assert target.check([request() for _ in range(57)], 0.0) is None
+
+
+def test_check_when_two_workers_are_idle_then_a_form_may_be_as_large_as_both_can_take() -> None:
+    target = scheduler(Propose(0), workers=2)
+    # nine full batches for each, and five images in one more
+    assert target.check([request() for _ in range(2 * 9 * 8 + 5)], 0.0) is None
+    refusal = target.check([request() for _ in range(2 * 9 * 8 + 6)], 0.0)
+    assert refusal is not None
+    assert "at most 149 in a form" in refusal.detail
+
+
+def test_check_when_a_form_exceeds_the_queue_then_all_its_images_count() -> None:
+    refusals = [
+        scheduler(max_requests=2).check([request() for _ in range(3)], 0.0),
+        scheduler(max_bytes=100).check([request(size_bytes=40) for _ in range(3)], 0.0),
+    ]
+    assert [refusal and refusal.reason for refusal in refusals] == ["queue_full", "queue_bytes"]
 
 
 def test_batch_when_the_proposal_is_in_time_then_it_runs_as_proposed() -> None:

@@ -147,7 +147,7 @@ def play(target: Scheduler, history: list[tuple[float, int, bool, int]], pace: f
             offered.append(request)
             refusal = target.offer(request, now)
             if refusal is not None:
-                assert refusal.retry_after_s >= 0
+                assert refusal.retry_after_s is None or refusal.retry_after_s >= 0
                 world.settle(request, "refused")
         assert len(target.queue) <= MAX_REQUESTS
         assert target.queue.size_bytes <= MAX_BYTES
