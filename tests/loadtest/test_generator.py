@@ -87,7 +87,8 @@ def test_p99_when_the_generator_stalls_for_a_second_then_send_times_hide_it_and_
 
     def stall(recorder: Recorder) -> None:
         nonlocal stalled
-        if recorder.num_sent >= STALL[0] * RATE_HZ and not stalled:
+        sent = recorder.record(0.0, 0.0, interrupted=False).sent
+        if sent.sum() >= STALL[0] * RATE_HZ and not stalled:
             stalled = True
             time.sleep(1.0)  # the loop of the generator, as a machine that swaps would stop it
 

@@ -229,6 +229,18 @@ def test_openapi_when_fetched_then_errors_have_examples(client: httpx.Client) ->
     assert client.get("/docs").status_code == 200
 
 
+def test_openapi_when_fetched_then_every_field_of_every_body_is_described(client: httpx.Client) -> None:
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    assert {"Classification", "Model", "PolicyBody", "Provenance", "QueueState"} <= schemas.keys()
+    bare = [
+        f"{name}.{field}"
+        for name, schema in schemas.items()
+        for field, described in schema.get("properties", {}).items()
+        if not described.get("description")
+    ]
+    assert bare == []
+
+
 def scrape(client: httpx.Client) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     response = client.get("/metrics")
     return {
