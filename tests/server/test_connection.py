@@ -119,6 +119,9 @@ class Wire(asyncio.Transport):
             self.closed_s = asyncio.get_running_loop().time()
         self.written.append(b"closed")
 
+    def write_eof(self) -> None:
+        self.written.append(b"eof")
+
     def pause_reading(self) -> None:
         self.reads = False
 
@@ -243,7 +246,7 @@ async def answers(scope: Scope, receive: Receive, send: Send) -> None:
         ([(3, GET), (5, b"GET / HT"), (14, b"TP/1.1\r\n")], 15),
         ([(3, GET), (5, b"\r\n")], 15),
         ([(3, GET), (5, GET[:9]), (14, GET[9:])], 19),
-        ([(3, HEAD % 99), (5, b"x"), (14, b"x")], 15),  # answered, and the body still comes
+        ([(3, HEAD % 99), (5, b"x"), (14, b"x")], 17),  # answered, and the body still comes: two seconds more
     ],
 )
 def test_connection_when_no_head_is_complete_in_ten_seconds_then_it_is_closed(
@@ -279,6 +282,33 @@ def test_connection_when_a_request_takes_long_then_it_stays() -> None:
 
     with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
         assert runner.run(main()).written[0].endswith(b"ok")
+
+
+@pytest.mark.parametrize("sent", [0, 70_000, 200_000])  # nothing more, more than uvicorn reads on its own, all
+def test_connection_when_it_ends_before_a_body_does_then_it_takes_the_rest_for_two_seconds(sent: int) -> None:
+    async def refuses(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send(start(content_length="2", connection="close"))
+        await send(body(b"no"))
+
+    async def main() -> None:
+        wire, state = Wire(), ServerState()
+        connection = accept(refuses, state, wire)
+        connection.data_received(HEAD % 270_000 + bytes(70_000))
+        await asyncio.gather(*state.tasks)
+        assert wire.written[0].endswith(b"no")
+        assert wire.written[1:] == [b"eof"]
+        assert wire.reads
+        connection.data_received(bytes(sent) + (GET if sent == 200_000 else b""))
+        assert wire.reads
+        assert not state.tasks  # no other request is begun
+        assert wire.is_closing() == (sent == 200_000)
+        await asyncio.sleep(10)
+        assert wire.closed_s == (0 if sent == 200_000 else 2)
+        connection.connection_lost(None)
+
+    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
+        runner.run(main())
 
 
 LONG = GET.replace(b"\r\n\r\n", b"\r\nX: " + b"y" * 70_000 + b"\r\n\r\n")
