@@ -259,6 +259,7 @@ def test_metrics_when_requests_were_served_then_each_series_moved_by_what_happen
     classify(client, make_image(0), **UNMEASURED)
     client.post("/classify?budget=huge", content=make_image(0), headers=PNG)
     client.post("/classify?budget=max", content=b"text", headers=PNG)
+    client.get("/classify?budget=max")
     after, elapsed_s = scrape(client), time.perf_counter() - started_s
 
     def moved(name: str, **labels: str) -> float:
@@ -269,6 +270,7 @@ def test_metrics_when_requests_were_served_then_each_series_moved_by_what_happen
     assert moved("vmoe_requests_total", budget="custom", status="200") == 1
     assert moved("vmoe_requests_total", budget="invalid", status="422") == 1
     assert moved("vmoe_requests_total", budget="max", status="400") == 1
+    assert moved("vmoe_requests_total", budget="invalid", status="405") == 1
     assert moved("vmoe_image_errors_total", code="not_an_image") == 1
     assert moved("vmoe_request_seconds_count", budget="low") == 1
     for stage in ("decode", "queue", "inference", "total"):
