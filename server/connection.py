@@ -1,11 +1,11 @@
-"""uvicorn's connection, with limits for the heads of requests, and two changes that spare each request of a small model
-some 5 % of what it costs.
+"""uvicorn's connection, with limits for the heads of requests, an end that lets the last answer arrive, and two changes
+that spare each request of a small model some 5 % of what it costs.
+
+A head has a limit of time, whether it comes slowly or not at all, and one of size. uvicorn has neither before the first
+request of a connection, or once a head has begun.
 
 After an answer that closes the connection the rest of an upload is taken for a while and forgotten: bytes that nobody
 has read reset a connection that is closed, and the answer may be lost with it.
-
-A head has a limit of time, whether it comes slowly or not at all, and one of size. uvicorn has neither before
-the first request of a connection, or once a head has begun.
 
 It tells a request's handler at once that its client has gone. ASGI tells it only to who waits in `receive`: a task more
 per request, made and cancelled.
