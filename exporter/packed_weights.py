@@ -13,14 +13,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import platform
 import shutil
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 import onnxruntime
+
+if sys.platform != "win32":
+    import fcntl
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +59,12 @@ def packed_model(source: Path, name: str, hashes: Sequence[str], directory: Path
         )
     target = directory / f"{name}-{_key(hashes)}"
     if not (target / MODEL).is_file():
-        logger.info("packing the weights of %s into %s, once for this machine", name, target)
         try:
-            _write(source, target)
+            directory.mkdir(parents=True, exist_ok=True)
+            with _alone(directory):
+                if not (target / MODEL).is_file():
+                    logger.info("packing the weights of %s into %s, once for this machine", name, target)
+                    _write(source, target)
         except OSError as error:
             raise PackedWeightsError(
                 f"packed_weights: cannot write {error.filename or target}: {error.strerror}; "
@@ -64,9 +73,23 @@ def packed_model(source: Path, name: str, hashes: Sequence[str], directory: Path
     return target / MODEL
 
 
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Of those that start at once, one packs and the others wait. The lock ends with its process, however that ends."""
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system of a network locks directories
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _write(source: Path, target: Path) -> None:
-    """Whole or not at all. Of several processes that start at once each writes, and the first one's files stay."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Whole or not at all. Where `_alone` cannot keep processes apart each writes, and the first one's files stay."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         _pack(source, temporary)

@@ -25,7 +25,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -193,18 +193,6 @@ def batches_of(
             rungs = []
         open_[reply.inference_s] = (at_s, [*rungs, _rung(reply, subject)])
     return (*batches, *(BatchSeen(tuple(rungs), seconds) for seconds, (_, rungs) in open_.items()))
-
-
-def median_of(calibrations: Sequence[Calibration]) -> Calibration:
-    """Figure by figure, of several probes; the batches are those of the last."""
-    surroundings = {
-        each.name: float(np.median([getattr(found.surroundings, each.name) for found in calibrations]))
-        for each in fields(Surroundings)
-    }
-    slowdown, noise, crowd_hz = np.median([(each.slowdown, each.noise, each.crowd_hz) for each in calibrations], axis=0)
-    return Calibration(
-        Surroundings(**surroundings), float(slowdown), float(noise), float(crowd_hz), calibrations[-1].batches
-    )
 
 
 def _rung(reply: Answered, subject: Subject) -> int:

@@ -324,7 +324,7 @@ def _write_trace(out: Path, trace: Trace) -> None:
         write_trace(out, trace)
     except OSError as error:
         raise TraceError(f"cannot write {out}: {error.strerror}") from error
-    Console(stderr=True).print(f"{out}: {len(trace):,} requests in {trace.duration_s:.6g} s")
+    open_console(stderr=True).print(f"{out}: {len(trace):,} requests in {trace.duration_s:.6g} s")
 
 
 def _write(report: Report, json: Path | None, html: Path | None) -> None:

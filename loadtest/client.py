@@ -18,6 +18,7 @@ import aiohttp
 from pydantic import ValidationError
 from yarl import URL
 
+from loadtest.batch_counts import BatchCounts
 from loadtest.errors import TargetError
 from loadtest.outcomes import SERVE_REASONS
 from loadtest.trace import Trace
@@ -38,6 +39,7 @@ class Target:
     Attributes:
         labels: class names.
         deadline_s: of each budget.
+        workers, max_batch_size: batches at once and images in each; None of something that is no gateway.
     """
 
     url: str
@@ -46,6 +48,8 @@ class Target:
     policy: str
     policy_source: str
     deadline_s: Mapping[str, float]
+    workers: int | None
+    max_batch_size: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,13 @@ class Client:
                 raise TargetError(f"{self.target.url}/metrics has no {name}: is it a gateway of this version?")
         return found[_LOOP_TIME] - found[_LOOP_DECODE]
 
+    async def batch_counts(self) -> BatchCounts | None:
+        """The gateway's counters; None where it shows none, which is no reason to give up a run."""
+        try:
+            return BatchCounts.read(await self._get("/metrics"))
+        except TargetError:
+            return None
+
     async def _get(self, path: str) -> str:
         try:
             async with self._session.get(self.target.url + path) as response:
@@ -237,4 +248,13 @@ async def _describe(session: aiohttp.ClientSession, url: str) -> Target:
             raise
         raise TargetError(f"{url} does not answer as a gateway: {error or type(error).__name__}") from error
     deadlines = {name: budget.deadline_ms / 1000 for name, budget in policy.budgets.items()}
-    return Target(url, model.name, tuple(model.labels), policy.policy, policy.source, deadlines)
+    return Target(
+        url,
+        model.name,
+        tuple(model.labels),
+        policy.policy,
+        policy.source,
+        deadlines,
+        policy.workers,
+        policy.max_batch_size,
+    )

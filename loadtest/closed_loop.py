@@ -44,10 +44,13 @@ async def measure_closed(
 ) -> Report:
     """Runs a plan against the gateway at `url`, and reports. Arguments and errors as those of `generator.measure`."""
     async with connect(url, plan.terms.timeout_s) as client:
-        record, trace = await _offer(client, plan, images(client.target.labels), progress)
+        loaded = images(client.target.labels)
+        before = await client.batch_counts()
+        record, trace = await _offer(client, plan, loaded, progress)
+        counts = (before, await client.batch_counts())
         name = f"closed loop, {plan.users} users, {plan.duration_s - plan.terms.warmup_s:g} s, seed {plan.seed}"
         setup = live_setup(client.target, name, trace, plan.seed)
-    return live_report(record, trace, plan.terms, setup, plan.users)
+    return live_report(record, trace, plan.terms, setup, counts, plan.users)
 
 
 async def _offer(

@@ -62,9 +62,12 @@ async def measure(
         LoadtestError: nobody serves there, or not what the trace asks for.
     """
     async with connect(url, plan.terms.timeout_s) as client:
-        record = await offer(client, plan, images(client.target.labels), progress)
+        loaded = images(client.target.labels)
+        before = await client.batch_counts()
+        record = await offer(client, plan, loaded, progress)
+        counts = (before, await client.batch_counts())
         setup = live_setup(client.target, plan.trace_name, plan.trace, plan.seed)
-    return live_report(record, plan.trace, plan.terms, setup)
+    return live_report(record, plan.trace, plan.terms, setup, counts)
 
 
 def soon() -> float:

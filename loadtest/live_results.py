@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loadtest import validity
+from loadtest.batch_counts import BatchCounts
 from loadtest.client import PointUsed, Target
 from loadtest.outcomes import Outcome, Outcomes
 from loadtest.recorder import Record
@@ -28,11 +29,19 @@ class Terms:
     percentile: float = 99.0
 
 
-def live_report(record: Record, trace: Trace, terms: Terms, setup: Setup, closed_users: int | None = None) -> Report:
+def live_report(
+    record: Record,
+    trace: Trace,
+    terms: Terms,
+    setup: Setup,
+    counts: tuple[BatchCounts | None, BatchCounts | None],
+    closed_users: int | None = None,
+) -> Report:
     """The report.
 
     Arguments:
         trace: (N,) of the record's requests, warm-up included.
+        counts: the gateway's counters before and after.
         closed_users: of a closed loop.
     """
     outcomes, ladder = _by_cost(record.outcomes, record.points)
@@ -64,7 +73,9 @@ def live_report(record: Record, trace: Trace, terms: Terms, setup: Setup, closed
         effective_accuracy=_mean((kept.right & met)[kept.labelled]),
         client_cpu_s=record.cpu_s / max(int(record.sent.sum()), 1),
     )
-    return summarise(trace.part(keep, terms.warmup_s), kept, ladder, setup, live)
+    before, after = counts
+    ran = None if before is None or after is None else after.since(before)
+    return summarise(trace.part(keep, terms.warmup_s), kept, ladder, setup, live, ran)
 
 
 def live_setup(target: Target, trace_name: str, trace: Trace, seed: int) -> Setup:
@@ -76,8 +87,8 @@ def live_setup(target: Target, trace_name: str, trace: Trace, seed: int) -> Setu
         manifest_sha256=None,
         trace=trace_name,
         trace_sha256=trace.sha256,
-        workers=None,
-        max_batch_size=None,
+        workers=target.workers,
+        max_batch_size=target.max_batch_size,
         seed=seed,
     )
 

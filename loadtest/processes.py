@@ -26,6 +26,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from loadtest.batch_counts import BatchCounts
 from loadtest.client import Target, connect
 from loadtest.errors import GeneratorFailed
 from loadtest.generator import Plan, due_after_s, offer, soon
@@ -65,12 +66,16 @@ def measure_in_processes(
         LoadtestError: nobody serves there, or not what the trace asks for.
     """
 
-    async def describe() -> tuple[Images, Target]:
+    async def describe() -> tuple[Images, Target, BatchCounts | None]:
         async with connect(url, plan.terms.timeout_s) as client:
             due_after_s(plan.trace, client.target)  # refuses unknown budgets before anything is started
-            return images(client.target.labels), client.target
+            return images(client.target.labels), client.target, await client.batch_counts()
 
-    loaded, target = asyncio.run(describe())
+    async def counts_of(target: Target) -> BatchCounts | None:
+        async with connect(url, plan.terms.timeout_s, target) as client:
+            return await client.batch_counts()
+
+    loaded, target, before = asyncio.run(describe())
     chosen = loaded.choose(plan.trace, plan.seed)
     shares = [
         (replace(plan, trace=plan.trace.part(slice(first, None, processes))), chosen[first::processes])
@@ -85,7 +90,7 @@ def measure_in_processes(
         with _interrupts_passed_on(workers):
             record = interleaved(_records(workers, progress))
     setup = live_setup(target, plan.trace_name, plan.trace, plan.seed)
-    return live_report(record, plan.trace, plan.terms, setup)
+    return live_report(record, plan.trace, plan.terms, setup, (before, asyncio.run(counts_of(target))))
 
 
 def _records(workers: Sequence[_Worker], progress: Callable[[Tally], None]) -> list[Record]:

@@ -84,7 +84,6 @@ class Recorder:
         self._failures: list[tuple[int, str]] = []
         self._points: dict[PointUsed, int] = {}
         self._tally = Tally()
-        self.num_sent = 0
         self.finished = 0
 
     def expect(self, due_s: Iterable[float], deadline_s: Iterable[float], labels: Iterable[int]) -> None:
@@ -109,7 +108,6 @@ class Recorder:
     def sent(self, index: int, now: float) -> None:
         """Request `index` is about to be written to its connection."""
         self._sent_s[index] = now
-        self.num_sent += 1
 
     def ended(self, index: int, reply: Reply, now: float) -> None:
         """`reply` was there at `now`."""

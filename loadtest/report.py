@@ -25,6 +25,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from loadtest import histogram
+from loadtest.batch_counts import BatchCounts
 from loadtest.environment import Environment
 from loadtest.outcomes import SERVE_REASONS, SHED_REASONS, Outcome, Outcomes
 from loadtest.search import Search
@@ -110,7 +111,8 @@ class Setup(_Model):
     Attributes:
         kind: how.
         bundle: directory, or URL and name of the model; manifest_sha256: of its manifest.
-        workers, max_batch_size, manifest_sha256: null in a live run, the gateway does not tell.
+        manifest_sha256: null in a live run, the gateway does not tell.
+        workers, max_batch_size: null in a live run against something that is no gateway.
         trace: file or description; trace_sha256: of its content.
         seed: of the simulated noise, or of the live schedule; noise, slowdown, surroundings: of the simulated machine.
     """
@@ -204,6 +206,7 @@ class Report(Figures):
 
     Attributes:
         latency_histogram: of the latencies behind `latency_s`; see `loadtest.histogram`.
+        decisions, mean_decision_s, mean_batch_size: in a live run by the gateway's counters, warm-up included.
         timeline: null in a report of the oracle.
         search: of `--find-max`, whose last run this is.
     """
@@ -234,16 +237,36 @@ class Report(Figures):
         return self
 
 
-def summarise(trace: Trace, outcomes: Outcomes, ladder: Ladder, setup: Setup, live: Live | None = None) -> Report:
-    """The report of a run."""
+def summarise(
+    trace: Trace,
+    outcomes: Outcomes,
+    ladder: Ladder,
+    setup: Setup,
+    live: Live | None = None,
+    ran: BatchCounts | None = None,
+) -> Report:
+    """The report of a run.
+
+    Arguments:
+        ran: the batches of a live run; None where they are unknown, and of a simulated one, whose outcomes have them.
+    """
     everybody = np.ones(len(trace), np.bool_)
     figures = _figures(outcomes, ladder, everybody)
     counts = np.bincount(outcomes.rung[outcomes.answered], minlength=len(ladder)).tolist()
     used = [rung for rung, count in enumerate(counts) if count]
     accuracies = _accuracies(ladder)
     unknown = _unknown(figures, accuracies is not None)
-    if live is not None:
-        unknown |= dict.fromkeys(("mean_batch_size", "mean_decision_s"), "the gateway does not tell")
+    if live is None:
+        decision_s = outcomes.decision_s
+        ran = BatchCounts(
+            len(outcomes.batch_size),
+            int(outcomes.batch_size.sum()),
+            len(decision_s),
+            float(decision_s.sum(dtype=float)),
+        )
+    elif ran is None:
+        reason = "the gateway's counters could not be read before and after the run"
+        unknown |= dict.fromkeys(("mean_batch_size", "mean_decision_s"), reason)
     return Report(
         **dict(figures),
         setup=setup,
@@ -253,9 +276,9 @@ def summarise(trace: Trace, outcomes: Outcomes, ladder: Ladder, setup: Setup, li
         points=[_point_share(ladder, rung, counts[rung], figures.answered) for rung in used],
         timeline=timeline(trace, outcomes, accuracies, used),
         latency_histogram=histogram.encode(outcomes.latency_s),
-        mean_batch_size=_mean(outcomes.batch_size),
-        decisions=len(outcomes.decision_s),
-        mean_decision_s=_mean(outcomes.decision_s),
+        mean_batch_size=None if ran is None else _ratio(ran.images, ran.batches),
+        decisions=0 if ran is None else ran.decisions,
+        mean_decision_s=None if ran is None else _ratio(ran.decision_s, ran.decisions),
         live=live,
         unknown=unknown,
         environment=Environment.here(),
@@ -374,7 +397,3 @@ def _point_share(ladder: Ladder, rung: int, answers: int, total: int) -> PointSh
 
 def _ratio(part: float, whole: int) -> float | None:
     return part / whole if whole else None
-
-
-def _mean(values: npt.NDArray[np.uint16] | npt.NDArray[np.float32]) -> float | None:
-    return float(values.mean()) if len(values) else None

@@ -155,4 +155,4 @@ def _create_app(
     app.include_router(build_router(gateway, classify, registry))
     if settings.admin_key.get_secret_value():
         app.include_router(build_admin_router(gateway, settings.admin_key))
-    return RequestContext(ShortCut(app, classify), metrics)
+    return RequestContext(ShortCut(app, classify), metrics, lambda: gateway.state in ("leaving", "draining"))

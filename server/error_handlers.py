@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.errors import GatewayError, InvalidParameter, Unauthorized
+from server.errors import BodyTooLarge, GatewayError, ImageTooLarge, InvalidParameter, Unauthorized, UploadTimeout
 from server.problems import build_problem, describe_error, respond
 from server.query import ClassifyQuery
 from server.request_context import request_id_of
@@ -46,6 +46,8 @@ def invalid_parameters(findings: Sequence[Mapping[str, Any]]) -> InvalidParamete
 
 
 def _headers(error: GatewayError) -> dict[str, str]:
+    if isinstance(error, (UploadTimeout, BodyTooLarge, ImageTooLarge)):
+        return {"Connection": "close"}  # the rest of the body is not wanted
     if isinstance(error, Unauthorized):
         return {"WWW-Authenticate": "Bearer"}
     return {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}

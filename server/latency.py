@@ -109,10 +109,6 @@ class LatencyModel:
         return cls(np.outer(costs, times), np.full(len(sizes), 0.1), sizes, max_batch_size, quantile)
 
     @property
-    def num_rungs(self) -> int:
-        return len(self._profile)
-
-    @property
     def scale(self) -> float:
         """This machine's time over the profile's, as of now."""
         return math.exp(self._scale)

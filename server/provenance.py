@@ -21,11 +21,13 @@ class Expected(_Table):
     """Simulated figures at one load; `loadtest.report` says what each means."""
 
     load: float = Field(gt=0, description="arrival rate over that of the trace")
-    effective_accuracy: float | None = None
-    mean_accuracy: float | None = None
-    slo_attainment: float | None = None
-    shed_ratio: float | None = None
-    p99_ms: float | None = None
+    effective_accuracy: float | None = Field(
+        default=None, description="of the answers in time, over all offered; 0 for the others"
+    )
+    mean_accuracy: float | None = Field(default=None, description="of all answers")
+    slo_attainment: float | None = Field(default=None, description="answered in time, over all offered")
+    shed_ratio: float | None = Field(default=None, description="refused on arrival, over all offered")
+    p99_ms: float | None = Field(default=None, description="99th percentile of latency")
 
 
 class Provenance(_Table):
@@ -33,9 +35,9 @@ class Provenance(_Table):
 
     manifest_sha256: Sha256 = Field(description="of the bundle that it was tuned for")
     trace_sha256: Sha256 | None = Field(default=None, description="of the content of the trace")
-    seed: int | None = None
+    seed: int | None = Field(default=None, description="of the search and of the simulated noise")
     trials: int | None = Field(default=None, description="candidates that were simulated")
-    objective: str | None = None
-    command: str | None = None
-    versions: dict[str, str] = Field(default_factory=dict)
+    objective: str | None = Field(default=None, description="what was maximised, and under which limits")
+    command: str | None = Field(default=None, description="that tuned it")
+    versions: dict[str, str] = Field(default_factory=dict, description="of the programs that tuned it, by name")
     expected: list[Expected] = Field(default_factory=list, description="of the part of the trace that was held out")

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import re
+from collections.abc import Callable
 from typing import cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,10 +35,14 @@ def set_budget(scope: Scope, budget: str) -> None:
 
 
 class RequestContext:
-    """ASGI middleware. Takes over an incoming X-Request-ID of a sane form, or makes one; every answer carries it."""
+    """ASGI middleware. Takes over an incoming X-Request-ID of a sane form, or makes one; every answer carries it.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    Arguments:
+        leaving: the server is about to stop. Answers say so, or clients would keep a connection that closes.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, leaving: Callable[[], bool]) -> None:
+        self._app, self._metrics, self._leaving = app, metrics, leaving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,6 +72,8 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (_HEADER, request_id.encode())]
+                if self._leaving():
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:

@@ -58,7 +58,7 @@ class Times(_Body):
 
 
 class ExpertExplanation(_Body):
-    expert: int
+    expert: int = Field(description="number of the expert, from 0")
     patches: list[tuple[int, int]] = Field(
         description="(row, column) of each patch processed, from the top left; row r starts at pixel r * patch height"
     )
@@ -78,7 +78,7 @@ class Explanation(_Body):
     column) is token row * columns + column, one more behind a class token."""
 
     grid: tuple[int, int] = Field(description="(rows, columns) of patches")
-    layers: list[LayerExplanation]
+    layers: list[LayerExplanation] = Field(description="every MoE layer, in order")
 
 
 class Result(_Body):
@@ -96,20 +96,20 @@ class Result(_Body):
     deadline_ms: float = Field(description="when the answer was due, from the end of the upload")
     deadline_met: bool = Field(description="the model was done by then")
     kept: list[float] = Field(description="share of the token-to-expert assignments processed, for each MoE layer")
-    times: Times
+    times: Times = Field(description="how long each stage took")
     explanation: Explanation | None = Field(default=None, description="only with explain=true")
 
 
 class ImageFailure(_Body):
     """Stands in the list for an image that got no answer."""
 
-    error: Problem
+    error: Problem = Field(description="why")
 
 
 class _Answer(_Body):
     request_id: str = Field(description="as in the header X-Request-ID")
-    model: str
-    version: str
+    model: str = Field(description="name of the bundle that the gateway serves")
+    version: str = Field(description="its version in the model repository")
 
 
 class Classification(_Answer, Result):
@@ -123,13 +123,13 @@ class Classifications(_Answer):
 
 
 class Health(_Body):
-    status: str
+    status: str = Field(description="`ok`; of /readyz: `starting`, `ready`, `leaving`, `draining`, `failed`")
 
 
 class LatencyBody(_Body):
-    batch_size: int
-    median_ms: float
-    p99_ms: float
+    batch_size: int = Field(description="images in the batch")
+    median_ms: float = Field(description="median of the whole batch")
+    p99_ms: float = Field(description="99th percentile of the whole batch")
 
 
 class ModelPoint(OperatingPointBody):
@@ -140,8 +140,8 @@ class ModelPoint(OperatingPointBody):
 
 
 class BudgetPoint(_Body):
-    capacity_factor: float
-    num_selected_experts: int
+    capacity_factor: float = Field(description="C: buffer slots over assignments")
+    num_selected_experts: int = Field(description="K: experts per token")
     accuracy: float | None = Field(description="measured top-1 accuracy; null where nothing was measured")
 
 
@@ -157,11 +157,11 @@ class BudgetBody(_Body):
 class Model(_Body):
     """Summary of a manifest."""
 
-    name: str
-    version: str
-    labels: list[str]
+    name: str = Field(description="of the bundle")
+    version: str = Field(description="in the model repository")
+    labels: list[str] = Field(description="class names, in the order of `index`")
     image_size: tuple[int, int] = Field(description="(height, width) that images are resized to")
-    channels: int
+    channels: int = Field(description="of an image: 1 is grey, 3 is RGB")
     max_selected_experts: int = Field(description="largest num_selected_experts; 0 for a dense model")
     max_capacity_factor: float | None = Field(description="largest capacity_factor at K = 1; divide by K for others")
     points: list[ModelPoint] = Field(description="from the cheapest to the full one; empty for a dense model")
@@ -169,16 +169,16 @@ class Model(_Body):
 
 
 class Models(_Body):
-    models: list[Model]
+    models: list[Model] = Field(description="the one that the gateway serves")
 
 
 class QueueState(_Body):
     """Now."""
 
-    waiting_images: int
-    waiting_bytes: int
+    waiting_images: int = Field(description="admitted and not yet in a batch")
+    waiting_bytes: int = Field(description="of the images that wait")
     oldest_ms: float = Field(description="age of the image that has waited longest")
-    running_batches: int
+    running_batches: int = Field(description="in the model")
     arrival_rate_hz: float = Field(description="images offered per second lately, refused ones included")
     latency_scale: float = Field(description="this machine's time for a batch over the profile's")
 
@@ -186,12 +186,12 @@ class QueueState(_Body):
 class PolicyBody(_Body):
     """The policy in force."""
 
-    policy: str
-    parameters: dict[str, float]
+    policy: str = Field(description="name of the policy")
+    parameters: dict[str, float] = Field(description="of that policy, by name; empty for one that has none")
     quantile: float = Field(description="of predicted latency, on which admission relies")
     source: str = Field(description="the file, or the default that it came from")
     max_batch_size: int = Field(description="images per batch")
     workers: int = Field(description="batches that this process may run at once, now; not the setting workers")
-    budgets: dict[str, BudgetBody]
+    budgets: dict[str, BudgetBody] = Field(description="what `budget=` may name")
     provenance: Provenance | None = Field(default=None, description="of a tuned policy; null for any other")
-    state: QueueState
+    state: QueueState = Field(description="of the queue")

@@ -19,7 +19,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from loadtest import arrivals
-from loadtest.calibration import Calibration, calibrate, median_of, probe
+from loadtest.calibration import Calibration, calibrate, probe
 from loadtest.client import Answered, Client, connect
 from loadtest.generator import Plan, measure
 from loadtest.images import SAMPLE, Images, load_images
@@ -35,6 +35,7 @@ from loadtest.live_results import Terms
 from loadtest.prediction import Predictor
 from loadtest.report import Report
 from loadtest.subject import Subject
+from loadtest.surroundings import Surroundings
 from loadtest.trace import Trace
 from server.admin import TOML
 from server.policy_file import parse_policy
@@ -172,6 +173,18 @@ def probed(url: str, subject: Subject, images: Images) -> Calibration:
 
 def run_live(url: str, plan: Plan, images: Images) -> Report:
     return asyncio.run(measure(url, plan, lambda labels: images, lambda recorder: None))
+
+
+def median_of(calibrations: Sequence[Calibration]) -> Calibration:
+    """Figure by figure, of several probes; the batches are those of the last."""
+    surroundings = {
+        each.name: float(np.median([getattr(found.surroundings, each.name) for found in calibrations]))
+        for each in fields(Surroundings)
+    }
+    slowdown, noise, crowd_hz = np.median([(each.slowdown, each.noise, each.crowd_hz) for each in calibrations], axis=0)
+    return Calibration(
+        Surroundings(**surroundings), float(slowdown), float(noise), float(crowd_hz), calibrations[-1].batches
+    )
 
 
 def predictor(subject: Subject, policy: str, probes: Sequence[Calibration]) -> Predictor:

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from loadtest.calibration import BatchSeen, Calibration
+from loadtest.surroundings import Surroundings
 from tests.benchmarks import agreement
 from tests.benchmarks.agreement import COMPARED, LOADS, Figures, Run
-from tests.benchmarks.live_gateway import POLICIES
+from tests.benchmarks.live_gateway import POLICIES, median_of
 from tests.benchmarks.live_policies import KINDS, TRACES, Block, Kind, lead, markdown
 
 
@@ -79,3 +81,13 @@ def test_ranking_when_a_lead_changes_its_sign_between_repetitions_then_the_pair_
     text = markdown(swapped)
     assert f"| {first} - {second} |" in text
     assert "undecided |" in text.split(f"| {first} - {second} |")[1].splitlines()[0]
+
+
+def test_median_when_one_probe_was_disturbed_then_it_does_not_count() -> None:
+    probes = [
+        Calibration(Surroundings(front_s=front_s), slowdown, 1.0, hz, (BatchSeen((0,), hz),))
+        for front_s, slowdown, hz in ((0.001, 1.1, 300.0), (0.009, 7.0, 80.0), (0.002, 1.2, 310.0))
+    ]
+    found = median_of(probes)
+    assert (found.surroundings.front_s, found.slowdown, found.crowd_hz) == (0.002, 1.2, 300.0)
+    assert found.batches == probes[-1].batches

@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from loadtest.calibration import BatchSeen, Calibration, Phase, Probe, batches_of, calibrate, median_of
+from loadtest.calibration import BatchSeen, Phase, Probe, batches_of, calibrate
 from loadtest.client import Answered, Failed, PointUsed, Reply, Shed
 from loadtest.errors import LoadtestError
 from loadtest.subject import Subject
-from loadtest.surroundings import Surroundings
 
 MS = 1e-3
 SIZE = 16
@@ -102,13 +101,3 @@ def test_batches_when_a_point_is_not_the_bundles_then_it_is_named(subject: Subje
     stranger = replace(answered(subject, 4 * MS), point=PointUsed(9.0, 3, (1, 2), None, 1.0))
     with pytest.raises(LoadtestError, match=r"at K 3 with \[1, 2\] slots, which is no operating point of"):
         batches_of([(stranger, 1.0, 1.0)], subject, SIZE)
-
-
-def test_median_when_one_probe_was_disturbed_then_it_does_not_count() -> None:
-    probes = [
-        Calibration(Surroundings(front_s=front_s), slowdown, 1.0, hz, (BatchSeen((0,), hz),))
-        for front_s, slowdown, hz in ((1 * MS, 1.1, 300.0), (9 * MS, 7.0, 80.0), (2 * MS, 1.2, 310.0))
-    ]
-    found = median_of(probes)
-    assert (found.surroundings.front_s, found.slowdown, found.crowd_hz) == (2 * MS, 1.2, 300.0)
-    assert found.batches == probes[-1].batches

@@ -42,7 +42,7 @@ def offered(
     url: str, trace: Trace, setup: Setup, progress: Callable[[Recorder], None] = lambda recorder: None, **terms: float
 ) -> tuple[Record, Report]:
     plan = Plan(trace, "test", Terms(**({"warmup_s": 0.0, "timeout_s": 10.0, "grace_s": 0.0} | terms)), seed=0)
-    target = Target(url, "model", LABELS, "fixed", "test", {"auto": 0.1})
+    target = Target(url, "model", LABELS, "fixed", "test", {"auto": 0.1}, None, None)
 
     async def main() -> Record:
         timeout = aiohttp.ClientTimeout(total=plan.terms.timeout_s)
@@ -50,7 +50,7 @@ def offered(
             return await offer(Client(session, target), plan, load_images(SAMPLE, LABELS), progress)
 
     record = asyncio.run(main())
-    return record, live_report(record, plan.trace, plan.terms, setup)
+    return record, live_report(record, plan.trace, plan.terms, setup, (None, None))
 
 
 def load(
@@ -87,7 +87,8 @@ def test_p99_when_the_generator_stalls_for_a_second_then_send_times_hide_it_and_
 
     def stall(recorder: Recorder) -> None:
         nonlocal stalled
-        if recorder.num_sent >= STALL[0] * RATE_HZ and not stalled:
+        sent = recorder.record(0.0, 0.0, interrupted=False).sent
+        if sent.sum() >= STALL[0] * RATE_HZ and not stalled:
             stalled = True
             time.sleep(1.0)  # the loop of the generator, as a machine that swaps would stop it
 

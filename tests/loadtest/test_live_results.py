@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from loadtest.batch_counts import BatchCounts
 from loadtest.client import Answered, Expired, Failed, PointUsed, Reply, Shed
 from loadtest.live_results import Terms, live_report
 from loadtest.outcomes import Outcomes
@@ -19,6 +20,19 @@ from loadtest.trace import Trace
 CHEAP = PointUsed(0.25, 1, (2,), 0.8, 0.5)
 FULL = PointUsed(1.0, 2, (13,), 0.9, 1.0)
 DEADLINE_S = 0.1
+BEFORE = """# HELP vmoe_batch_size Images per batch.
+vmoe_batch_size_bucket{le="1.0"} 3.0
+vmoe_batch_size_count 10.0
+vmoe_batch_size_sum 15.0
+vmoe_decision_seconds_count 10.0
+vmoe_decision_seconds_sum 0.001
+"""
+AFTER = """vmoe_batch_size_count 14.0
+vmoe_batch_size_sum 25.0
+vmoe_decision_seconds_count 15.0
+vmoe_decision_seconds_sum 2.0e-03
+"""
+COUNTS = (BatchCounts.read(BEFORE), BatchCounts.read(AFTER))
 
 
 def answer(point: PointUsed = FULL, index: int = 0) -> Reply:
@@ -37,7 +51,7 @@ def noted(arrival_s: np.ndarray, latency_s: np.ndarray, replies: list[Reply], la
 
 def report(recorder: Recorder, arrival_s: np.ndarray, setup: Setup, **terms: float) -> Report:
     judged = Terms(**({"warmup_s": 0.0, "timeout_s": 10.0, "grace_s": 0.0} | terms))
-    return live_report(recorder.record(0.0, 1.0, interrupted=False), Trace.of(arrival_s), judged, setup)
+    return live_report(recorder.record(0.0, 1.0, interrupted=False), Trace.of(arrival_s), judged, setup, COUNTS)
 
 
 @pytest.mark.parametrize(("first_half", "reason"), [(0.02, None), (0.08, "the warm-up was too short")])
@@ -73,6 +87,30 @@ def test_live_report_when_points_were_met_in_any_order_then_they_go_from_the_che
     found = report(noted(arrival_s, np.full(4, 0.02), replies, [0] * 4), arrival_s, setup)
     assert [(point.capacity_factor, point.answers) for point in found.points] == [(0.25, 2), (1.0, 1)]
     assert found.effective_accuracy == pytest.approx((0.9 + 2 * 0.8) / 4)
+
+
+def test_live_report_when_the_gateway_counts_its_batches_then_they_are_those_of_the_run(setup: Setup) -> None:
+    found = report(noted(np.zeros(1), np.full(1, 0.02), [answer()], [0]), np.zeros(1), setup)
+    # 4 batches of 10 images ended, 5 were chosen in 1 ms.
+    assert (found.mean_batch_size, found.decisions, found.mean_decision_s) == (2.5, 5, pytest.approx(2e-4))
+    assert "mean_batch_size" not in found.unknown
+
+
+@pytest.mark.parametrize(
+    "counts", [(None, COUNTS[1]), (COUNTS[0], None), (COUNTS[1], COUNTS[0])], ids=["no start", "no end", "restarted"]
+)
+def test_live_report_when_the_counters_tell_nothing_then_it_says_so(
+    setup: Setup, counts: tuple[BatchCounts | None, BatchCounts | None]
+) -> None:
+    recorder = noted(np.zeros(1), np.full(1, 0.02), [answer()], [0])
+    record = recorder.record(0.0, 1.0, interrupted=False)
+    found = live_report(record, Trace.of(np.zeros(1)), Terms(0.0, 10.0, 0.0), setup, counts)
+    assert (found.mean_batch_size, found.mean_decision_s, found.decisions) == (None, None, 0)
+    assert "could not be read" in found.unknown["mean_batch_size"]
+
+
+def test_batch_counts_when_a_series_is_missing_then_there_are_none() -> None:
+    assert BatchCounts.read(AFTER.replace("vmoe_batch_size_sum", "other_sum")) is None
 
 
 def test_live_report_when_some_were_not_sent_then_they_do_not_count(setup: Setup) -> None:

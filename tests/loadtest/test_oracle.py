@@ -42,7 +42,7 @@ def demands_of(asks: list[Ask]) -> list[Demand]:
 def test_bounds_when_there_is_one_worker_and_one_class_then_no_schedule_exceeds_them(
     model: LatencyModel, times: list[float], worth: list[float], deadline_s: float
 ) -> None:
-    rungs, values = tuple(range(model.num_rungs)), np.array(worth[: model.num_rungs])
+    rungs, values = tuple(range(len(model.median_s))), np.array(worth[: len(model.median_s)])
     asks: list[Ask] = [(arrival, arrival + deadline_s, rungs) for arrival in times]
     best = optimum(asks, worth, model)
     arrivals = np.array(times)
@@ -61,12 +61,12 @@ def test_bounds_when_there_is_one_worker_and_one_class_then_no_schedule_exceeds_
 def test_fluid_bound_when_classes_and_workers_differ_then_no_schedule_exceeds_it(
     model: LatencyModel, requests: list[tuple[float, float, int]], worth: list[float], workers: int
 ) -> None:
-    last = model.num_rungs - 1
+    last = len(model.median_s) - 1
     asks: list[Ask] = [
         (arrival, arrival + deadline_s, tuple(range(floor, last + 1))) for arrival, deadline_s, floor in requests
     ]
     best = optimum(asks, worth, model, workers)
-    values = np.array(worth[: model.num_rungs])
+    values = np.array(worth[: len(model.median_s)])
     assert fluid_bound(demands_of(asks), values, np.array(model.median_s), workers) >= best - TOLERANCE
 
 

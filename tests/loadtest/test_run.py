@@ -90,6 +90,30 @@ def test_run_when_called_as_in_the_readme_then_every_request_has_an_outcome_and_
     assert sum(bins.right) == sum(bins.labelled_answers) == report.answered
     assert all(inference_s for inference_s, answers in zip(bins.inference_s, bins.answered, strict=True) if answers)
     assert report.live.latency_from_send_s.p99 is not None
+    # Nobody else asks this gateway; the warm-up is in its counters, too.
+    assert report.mean_batch_size is not None
+    answers = report.answered + report.live.warmup_requests
+    assert report.answered <= report.decisions * report.mean_batch_size <= answers + 0.5
+    assert report.mean_decision_s is not None
+    assert 0 < report.mean_decision_s < 1
+    assert (report.setup.workers, report.setup.max_batch_size) == (1, 16)
+    assert report.unknown == {}
+    assert f"{report.decisions:,} batches of" in result.output
+
+
+def test_run_when_a_gateway_is_asked_by_users_or_processes_then_its_batches_are_told_too(
+    url: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "live.json"
+    open_loop = ("--arrivals", "poisson", "--rate", "20", "--processes", "2")
+    for load in (("--closed", "2"), open_loop):
+        result = invoke("run", "--url", url, *load, "--duration", "0.5", "--warmup", "0", "--json", out)
+        assert result.exit_code == INVALID, result.output
+        report = Report.model_validate_json(out.read_text())
+        assert report.mean_batch_size is not None
+        # An image that came too late for an answer ran all the same.
+        assert report.answered - 0.5 <= report.decisions * report.mean_batch_size <= report.offered + 0.5
+        assert (report.setup.workers, report.setup.max_batch_size) == (1, 16)
 
 
 def test_run_when_asked_to_predict_then_the_report_compares_with_the_simulator(url: str, tmp_path: Path) -> None:

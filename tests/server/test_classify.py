@@ -229,6 +229,18 @@ def test_openapi_when_fetched_then_errors_have_examples(client: httpx.Client) ->
     assert client.get("/docs").status_code == 200
 
 
+def test_openapi_when_fetched_then_every_field_of_every_body_is_described(client: httpx.Client) -> None:
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    assert {"Classification", "Model", "PolicyBody", "Provenance", "QueueState"} <= schemas.keys()
+    bare = [
+        f"{name}.{field}"
+        for name, schema in schemas.items()
+        for field, described in schema.get("properties", {}).items()
+        if not described.get("description")
+    ]
+    assert bare == []
+
+
 def scrape(client: httpx.Client) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     response = client.get("/metrics")
     return {
@@ -247,6 +259,7 @@ def test_metrics_when_requests_were_served_then_each_series_moved_by_what_happen
     classify(client, make_image(0), **UNMEASURED)
     client.post("/classify?budget=huge", content=make_image(0), headers=PNG)
     client.post("/classify?budget=max", content=b"text", headers=PNG)
+    client.get("/classify?budget=max")
     after, elapsed_s = scrape(client), time.perf_counter() - started_s
 
     def moved(name: str, **labels: str) -> float:
@@ -257,6 +270,7 @@ def test_metrics_when_requests_were_served_then_each_series_moved_by_what_happen
     assert moved("vmoe_requests_total", budget="custom", status="200") == 1
     assert moved("vmoe_requests_total", budget="invalid", status="422") == 1
     assert moved("vmoe_requests_total", budget="max", status="400") == 1
+    assert moved("vmoe_requests_total", budget="invalid", status="405") == 1
     assert moved("vmoe_image_errors_total", code="not_an_image") == 1
     assert moved("vmoe_request_seconds_count", budget="low") == 1
     for stage in ("decode", "queue", "inference", "total"):

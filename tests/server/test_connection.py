@@ -17,6 +17,7 @@ from uvicorn.server import ServerState
 
 from server.connection import Connection
 from tests.server.conftest import FakeBackend, Serve
+from tests.server.virtual_clock import VirtualClockLoop
 
 HEAD = b"POST /classify?deadline_ms=9000 HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
 
@@ -114,7 +115,12 @@ class Wire(asyncio.Transport):
         return b"closed" in self.written
 
     def close(self) -> None:
+        if not self.is_closing():
+            self.closed_s = asyncio.get_running_loop().time()
         self.written.append(b"closed")
+
+    def write_eof(self) -> None:
+        self.written.append(b"eof")
 
     def pause_reading(self) -> None:
         self.reads = False
@@ -126,13 +132,18 @@ class Wire(asyncio.Transport):
         self.written.append(data)
 
 
-async def exchange(app: ASGIApp, *requests: bytes) -> Wire:
-    """Lets an application answer, as far as it gets without waiting for anything from outside."""
+def accept(app: ASGIApp, state: ServerState, wire: Wire) -> Connection:
     config = uvicorn.Config(app, http=Connection, ws="none", log_config=None)
     config.load()
-    state, wire = ServerState(), Wire()
     connection = Connection(config, state, {}, asyncio.get_running_loop())
     connection.connection_made(wire)
+    return connection
+
+
+async def exchange(app: ASGIApp, *requests: bytes) -> Wire:
+    """Lets an application answer, as far as it gets without waiting for anything from outside."""
+    state, wire = ServerState(), Wire()
+    connection = accept(app, state, wire)
     for request in requests:
         connection.data_received(request)
     for _ in range(10):
@@ -219,3 +230,112 @@ def test_connection_when_a_client_waits_for_100_continue_then_it_gets_it_at_once
 
     request = HEAD.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n") % 3
     assert asyncio.run(exchange(app, request)).written[0] == b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+async def answers(scope: Scope, receive: Receive, send: Send) -> None:
+    await send(start(content_length="2"))
+    await send(body(b"ok"))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "closed_s"),
+    [
+        ([], 10),
+        ([(3, b"G"), (6, b"ET / HT"), (9, b"TP/1.1\r\n")], 10),
+        ([(3, GET)], 8),  # idle for five seconds
+        ([(3, GET), (5, b"GET / HT"), (14, b"TP/1.1\r\n")], 15),
+        ([(3, GET), (5, b"\r\n")], 15),
+        ([(3, GET), (5, GET[:9]), (14, GET[9:])], 19),
+        ([(3, HEAD % 99), (5, b"x"), (14, b"x")], 17),  # answered, and the body still comes: two seconds more
+    ],
+)
+def test_connection_when_no_head_is_complete_in_ten_seconds_then_it_is_closed(
+    pieces: list[tuple[float, bytes]], closed_s: float
+) -> None:
+    async def main() -> float:
+        wire = Wire()
+        connection = accept(answers, ServerState(), wire)
+        loop = asyncio.get_running_loop()
+        for at_s, piece in pieces:
+            loop.call_at(at_s, connection.data_received, piece)
+        await asyncio.sleep(100)
+        connection.connection_lost(None)
+        return wire.closed_s
+
+    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
+        assert runner.run(main()) == closed_s
+
+
+def test_connection_when_a_request_takes_long_then_it_stays() -> None:
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(60)
+        await answers(scope, receive, send)
+
+    async def main() -> Wire:
+        wire, state = Wire(), ServerState()
+        connection = accept(slow, state, wire)
+        connection.data_received(GET)
+        await asyncio.gather(*state.tasks)
+        assert not wire.is_closing()
+        connection.connection_lost(None)
+        return wire
+
+    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
+        assert runner.run(main()).written[0].endswith(b"ok")
+
+
+@pytest.mark.parametrize("sent", [0, 70_000, 200_000])  # nothing more, more than uvicorn reads on its own, all
+def test_connection_when_it_ends_before_a_body_does_then_it_takes_the_rest_for_two_seconds(sent: int) -> None:
+    async def refuses(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send(start(content_length="2", connection="close"))
+        await send(body(b"no"))
+
+    async def main() -> None:
+        wire, state = Wire(), ServerState()
+        connection = accept(refuses, state, wire)
+        connection.data_received(HEAD % 270_000 + bytes(70_000))
+        await asyncio.gather(*state.tasks)
+        assert wire.written[0].endswith(b"no")
+        assert wire.written[1:] == [b"eof"]
+        assert wire.reads
+        connection.data_received(bytes(sent) + (GET if sent == 200_000 else b""))
+        assert wire.reads
+        assert not state.tasks  # no other request is begun
+        assert wire.is_closing() == (sent == 200_000)
+        await asyncio.sleep(10)
+        assert wire.closed_s == (0 if sent == 200_000 else 2)
+        connection.connection_lost(None)
+
+    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
+        runner.run(main())
+
+
+LONG = GET.replace(b"\r\n\r\n", b"\r\nX: " + b"y" * 70_000 + b"\r\n\r\n")
+MANY = GET.replace(b"\r\n\r\n", b"\r\nX: y" * 40_000 + b"\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [LONG],
+        [LONG[place : place + 10_000] for place in range(0, len(LONG), 10_000)],
+        [GET[:-4], *[b"x" * 10_000] * 7],
+        [MANY],
+        [GET.replace(b"GET / ", b"GET /" + b"z" * 70_000 + b" ")],
+    ],
+)
+def test_connection_when_a_head_is_too_large_then_it_is_refused(pieces: list[bytes]) -> None:
+    written = asyncio.run(exchange(answers, *pieces)).written
+    answer, end = written[:2]
+    assert answer.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\n")
+    assert answer.endswith(b"\r\n\r\nthe head of the request has too many bytes; at most 65536 are accepted")
+    assert end == b"closed"
+
+
+def test_connection_when_only_bodies_or_requests_ahead_are_large_then_they_are_answered() -> None:
+    large = bytes(200_000)
+    written = asyncio.run(exchange(answers, HEAD % len(large) + large + GET[:9], GET[9:])).written
+    assert b"".join(written).count(b"HTTP/1.1 200") == 2
+    head = GET.replace(b"\r\n\r\n", b"\r\nX: " + b"y" * 60_000 + b"\r\n\r\n")
+    assert b"".join(asyncio.run(exchange(answers, head)).written).count(b"HTTP/1.1 200") == 1

@@ -112,6 +112,21 @@ def test_classify_when_chunked_form_passes_the_limit_then_413(server: httpx.Clie
     assert_problem(response, 413, "body_too_large")
 
 
+def test_classify_when_a_body_is_refused_while_it_is_sent_then_the_answer_arrives_before_the_connection_closes(
+    server: httpx.Client,
+) -> None:
+    url, size_bytes = httpx.URL(str(server.base_url)), 4_000_000
+    with socket.create_connection((url.host, url.port or 80), timeout=30) as connection:
+        head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {size_bytes}"
+        connection.sendall(head.encode() + b"\r\n\r\n" + bytes(size_bytes))
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"\r\nconnection: close\r\n" in answer
+    assert b'"code":"image_too_large"' in answer
+
+
 def test_classify_when_file_in_form_has_too_many_bytes_then_413(server: httpx.Client) -> None:
     assert_problem(server.post("/classify", files=files(b"x" * 1001)), 413, "image_too_large")
 
@@ -258,7 +273,9 @@ def test_classify_when_upload_takes_too_long_then_408(serve_fake: Any) -> None:
             connection.sendall(
                 b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 10\r\n\r\n12345"
             )
-            assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+            answer = connection.recv(1000)
+            assert answer.startswith(b"HTTP/1.1 408")
+            assert b"\r\nconnection: close\r\n" in answer
 
 
 def test_classify_when_client_goes_away_then_the_permit_comes_back(serve_fake: Any, backend: Any) -> None:

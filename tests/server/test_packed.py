@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -62,14 +63,16 @@ def test_backend_when_the_bundle_s_files_change_then_it_packs_anew(shipped: Bund
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_backend_when_two_pack_at_once_then_both_serve_and_nothing_else_is_left(
-    shipped: Bundle, tmp_path: Path
+def test_backend_when_two_start_at_once_then_one_packs_and_both_serve_and_nothing_else_is_left(
+    shipped: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: infer(OrtBackend(shipped, 1, tmp_path), shipped), range(2))
     assert (first.logits == second.logits).all()
     (folder,) = tmp_path.iterdir()
     assert sorted(path.name for path in folder.iterdir()) == sorted((MODEL, WEIGHTS))
+    assert caplog.text.count("packing the weights of") == 1
 
 
 def test_backend_when_the_runtime_writes_no_packed_weights_then_it_is_refused_with_its_version(

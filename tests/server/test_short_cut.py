@@ -40,7 +40,7 @@ def build(*, short: bool) -> ASGIApp:
     app = FastAPI()
     install_error_handlers(app)
     app.include_router(build_router(None, echo, CollectorRegistry()))  # type: ignore[arg-type]  # echo needs no gateway
-    return RequestContext(ShortCut(app, echo) if short else app, Metrics(CollectorRegistry(), None))
+    return RequestContext(ShortCut(app, echo) if short else app, Metrics(CollectorRegistry(), None), lambda: False)
 
 
 SHORT, LONG = build(short=True), build(short=False)

@@ -83,12 +83,15 @@ def test_sigterm_when_a_request_is_inside_then_unready_first_and_it_is_answered_
             assert (ready.status_code, ready.json()["code"]) == (503, "shutting_down")
             refused = httpx.post(f"{url}/classify", **IMAGE)  # a new connection: the listener is open
             assert (refused.status_code, refused.json()["code"]) == (503, "shutting_down")
-            assert client.get("/healthz").status_code == 200
+            alive = client.get("/healthz")
+            assert alive.status_code == 200
+            for answer in (ready, refused, alive):
+                assert answer.headers["connection"] == "close"
             inside.sendall(_png()[20:])
-            answer = b""
+            found = b""
             while piece := inside.recv(65536):
-                answer += piece
-        assert answer.startswith(b"HTTP/1.1 200")
+                found += piece
+        assert found.startswith(b"HTTP/1.1 200")
         assert process.wait(timeout=30) == -signal.SIGTERM  # raised again once all is closed
 
 

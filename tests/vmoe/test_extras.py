@@ -16,11 +16,11 @@ EXTRAS = {
 SHIPPED = "model_repository/vmoe-fashion-mnist"
 
 
-def without(extra: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m command` in a process in which no library of `extra` can be imported."""
+def without(libraries: tuple[str, ...], *command: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m command` in a process in which `libraries` cannot be imported."""
     blocked = "import runpy, sys; sys.modules.update(dict.fromkeys(sys.argv[1].split(','))); del sys.argv[:2]; "
     blocked += "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
-    program = [sys.executable, "-c", blocked, ",".join(EXTRAS[extra]), *command]
+    program = [sys.executable, "-c", blocked, ",".join(libraries), *command]
     return subprocess.run(program, cwd=ROOT, check=False, capture_output=True, text=True)
 
 
@@ -38,7 +38,7 @@ def without(extra: str, *command: str) -> subprocess.CompletedProcess[str]:
 def test_program_without_the_libraries_of_its_extra_names_it_in_one_line(
     extra: str, command: str, tmp_path: Path
 ) -> None:
-    done = without(extra, *command.replace("OUTPUT", str(tmp_path / "output")).split())
+    done = without(EXTRAS[extra], *command.replace("OUTPUT", str(tmp_path / "output")).split())
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
@@ -47,9 +47,22 @@ def test_program_without_the_libraries_of_its_extra_names_it_in_one_line(
     assert not done.stdout
 
 
+@pytest.mark.parametrize(
+    ("library", "command", "who"),
+    [
+        ("aiohttp", "run --url http://127.0.0.1:9 --closed 1 --duration 1", "a live run"),
+        ("optuna", f"tune --bundle {SHIPPED} --trace trace.csv --p99-ms 50 --out policy.toml", "tuning"),
+    ],
+)
+def test_load_test_that_needs_more_than_simulating_names_the_extra(library: str, command: str, who: str) -> None:
+    done = without((library,), "loadtest", *command.split())
+    said = f"error: {who} needs {library}: pip install -c constraints.txt -e '.[loadtest]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
 @pytest.mark.parametrize("command", ["exporter --help", "exporter export --help"])
 def test_exporter_without_torch_still_explains_itself(command: str) -> None:
-    done = without("export", *command.split())
+    done = without(EXTRAS["export"], *command.split())
     assert (done.returncode, done.stderr) == (0, "")
     assert "recover" in done.stdout or "--profile-only" in done.stdout
 

@@ -61,4 +61,4 @@ def alone(server: Server, servers: Sequence[Server]) -> Iterator[None]:
 
 def target_of(server: Server) -> Target:
     """What a peer would not know to say of itself."""
-    return Target(server.url, BUNDLE.name, (), "fixed", "", {"auto": TIMEOUT_S})
+    return Target(server.url, BUNDLE.name, (), "fixed", "", {"auto": TIMEOUT_S}, None, None)
