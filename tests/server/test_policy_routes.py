@@ -114,7 +114,7 @@ def test_reload_when_the_file_is_bad_then_422_with_its_line_and_the_old_one_stay
     with serve_fake(admin_key=KEY, policy=str(policy)) as client:
         for text, complaint in (
             ('policy = "fixed"\n[budgets.auto]\nfloor = "9,9"', "line 2: floor of budget 'auto' must be"),
-            ('policy = "fixed"\nspeed = 1', "line 2: speed: Extra inputs are not permitted"),
+            ('policy = "fixed"\nspeed = 1', "line 2: speed: unknown; known are policy, quantile"),
             ("policy = \n", "line 1"),
         ):
             policy.write_text(text)
