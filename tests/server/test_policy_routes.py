@@ -162,7 +162,7 @@ def test_posted_policy_when_the_setting_is_a_name_then_delete_returns_to_it(serv
 @pytest.mark.parametrize(
     ("content", "status", "code", "complaint"),
     [
-        (b'policy = "fixed"\nspeed = 1', 422, "invalid_policy", "POST /v1/admin/policy, line 2: speed: Extra inputs"),
+        (b'policy = "fixed"\nspeed = 1', 422, "invalid_policy", "POST /v1/admin/policy, line 2: speed: unknown; known"),
         (b"policy = \n", 422, "invalid_policy", "is not TOML"),
         (b"\xff", 422, "invalid_policy", "must be UTF-8, byte 0 is not"),
         (b"[provenance]\nmanifest_sha256 = '" + b"b" * 64 + b"'", 422, "invalid_policy", "tuned for the manifest"),
