@@ -92,6 +92,7 @@ def create_server(
         BundleError, PolicyError, RecordError: it must not listen.
     """
     metrics = Metrics(registry, bundle.manifest.architecture.moe)
+    metrics.build_is(bundle.manifest.name, bundle.manifest.version)
     gateway = Gateway(settings, bundle, backend, metrics, models, link)
     # Last of all that can fail: it leaves a file behind.
     recorder = None if settings.record is None else Recorder(settings.record, settings.record_max_bytes)

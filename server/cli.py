@@ -16,6 +16,7 @@ from pydantic_settings import CliApp
 
 from server.app import LOAD_ERRORS, load_server, run_server
 from server.settings import Settings
+from server.versions import OWN, version_of
 from server.workers.listening import ListenError, listen_alone
 from server.workers.supervisor import supervise
 
@@ -24,8 +25,12 @@ logger = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serves until SIGINT or SIGTERM. Exits with 2 on a bad setting, with 1 on anything else that is bad."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--version" in given:
+        print(OWN, version_of(OWN) or "(not installed)")
+        return
     try:
-        settings = CliApp.run(Settings, cli_args=None if arguments is None else list(arguments))
+        settings = CliApp.run(Settings, cli_args=given)
     except ValidationError as error:
         sys.exit(_report(error))
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")

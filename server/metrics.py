@@ -23,6 +23,7 @@ from server.backends.triton.endpoint import Endpoint
 from server.backends.triton.failure import REASONS, Reason
 from server.decision import Batch, ShedReason
 from server.scheduler import Scheduler
+from server.versions import ENGINE, OWN, version_of
 from server.work import Inference
 from server.workers.registry import SharedRegistry
 from vmoe.config import MoeConfig
@@ -141,6 +142,14 @@ class Metrics:
         layers, num_experts = ((), 0) if moe is None else (moe.layers, moe.num_experts)
         self._kept = [kept.labels(str(layer)) for layer in layers]
         self._expert_tokens = [[tokens.labels(str(layer), str(e)) for e in range(num_experts)] for layer in layers]
+
+    def build_is(self, model: str, model_version: str) -> None:
+        """Says what is served, and by what."""
+        labels = {"version": version_of(OWN), "model": model, "model_version": model_version}
+        labels["onnxruntime"] = version_of(ENGINE)
+        Gauge("vmoe_build_info", "1; what runs.", labels, registry=self._registry, multiprocess_mode="livemax").labels(
+            **labels
+        ).set(1)
 
     def request_in_flight(self) -> AbstractContextManager[None]:
         return self._in_flight.track_inprogress()

@@ -17,7 +17,10 @@ _MIB = 1 << 20
 
 
 class Settings(BaseSettings):
-    """V-MoE gateway: classifies images over HTTP, with capacity factor and selected experts chosen per request."""
+    """V-MoE gateway: classifies images over HTTP, with capacity factor and selected experts chosen per request.
+
+    --version prints the version of this package.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="VMOE_",

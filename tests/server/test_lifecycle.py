@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import socket
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from pydantic import SecretStr
 
 from exporter.bundle import Bundle, BundleError, Manifest
 from server.app import create_server
+from server.cli import main
 from server.settings import Settings
 from tests.server.conftest import wait_ready
 
@@ -147,6 +150,24 @@ def test_command_line_when_the_port_is_taken_then_it_says_so_and_nothing_is_serv
     assert done.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
     assert "startup" not in done.stderr
+
+
+def test_command_line_when_the_version_is_asked_for_then_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"vmoe-serving {version('vmoe-serving')}\n"
+
+
+def test_metrics_when_scraped_then_they_say_what_runs(serve_fake: Any, manifest: Manifest) -> None:
+    with serve_fake() as client:
+        (found,) = [line for line in client.get("/metrics").text.splitlines() if line.startswith("vmoe_build_info{")]
+    assert found.endswith("} 1.0")
+    for label, value in {
+        "model": "small",
+        "model_version": manifest.version,
+        "version": version("vmoe-serving"),
+        "onnxruntime": version("onnxruntime"),
+    }.items():
+        assert re.search(rf'[{{,]{label}="{re.escape(value)}"', found)
 
 
 def test_settings_when_set_twice_then_the_command_line_wins_over_the_environment() -> None:
