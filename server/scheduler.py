@@ -211,7 +211,9 @@ class Scheduler:
             detail = f"{queue.size_bytes} bytes wait and {more} more do not fit into {limits.max_bytes}"
             return Refusal("queue_bytes", self._drain_s(request), detail)
         if (excess_s := self._shares.excess_s(request, now, self.workers, self._cost_s, images)) > 0:
-            return Refusal("share", excess_s, f"budget {request.budget.name!r} has used up its share of the queue")
+            what = "has used up its share of the queue" if images == 1 else f"has no share for {images} images more"
+            shed = Refusal("share", excess_s, f"budget {request.budget.name!r} {what}")
+            return self._hopeless(request, images, now) or shed
         position = queue.insert(request)
         for each in requests[1:]:
             queue.insert(each)

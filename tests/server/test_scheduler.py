@@ -158,6 +158,22 @@ def test_check_when_others_wait_then_a_form_that_an_idle_gateway_would_take_may_
     assert target.check([request() for _ in range(57)], 0.0) is None
 
 
+def test_check_when_another_class_is_active_then_a_form_that_never_fits_hears_that_and_not_of_shares() -> None:
+    target = scheduler(Propose(0))
+    other, now = Budget("other", 0, FULL, 0.1), 0.0
+    for _ in range(40):
+        now += 0.025
+        admitted(target, request(now, other), now=now)
+        batch, _ = target.next_batch(now)
+        assert batch is not None
+        target.on_batch_done(batch, now + batch.median_s)
+    # The other's 40 Hz * 1.25 ms reserve up to 5 % of the machine; 100 ms hold 80 images of 1.25 ms.
+    refusals = [target.check([request(now) for _ in range(images)], now) for images in (81, 78)]
+    assert [refusal and refusal.reason for refusal in refusals] == ["too_short", "share"]
+    assert refusals[1] is not None
+    assert refusals[1].detail == "budget 'auto' has no share for 78 images more"
+
+
 def test_check_when_two_workers_are_idle_then_a_form_may_be_as_large_as_both_can_take() -> None:
     target = scheduler(Propose(0), workers=2)
     # nine full batches for each, and five images in one more
