@@ -43,8 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (*LOAD_ERRORS, ListenError) as error:
         logger.error("%s", error)
         sys.exit(1)
-    for each in sockets:
-        logger.info("listening on %s port %s", *each.getsockname()[:2])
     run_server(server, sockets)
 
 

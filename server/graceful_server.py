@@ -63,6 +63,11 @@ class GracefulServer(uvicorn.Server):
             if has_signals:
                 self._loop.remove_signal_handler(signal.SIGHUP)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if sockets is not None and self._link is None:  # of sockets that others made uvicorn says nothing
+            self._log_started_message(sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)  # notes the signal, to raise it again when all is closed
         self.should_exit = False
