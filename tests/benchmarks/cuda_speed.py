@@ -26,7 +26,7 @@ import typer
 from exporter.cuda import HalfProducts, PaddedLayers
 from exporter.moe_graph import MoeLayers
 from exporter.session import has_cuda
-from tests.benchmarks.model_subjects import CHEAP, FULL, Subject, dense_gflop, expert_rows, feeds_of
+from tests.benchmarks.model_subjects import CHEAP, FULL, Subject, dense_gflop, expert_rows, feeds_of, pair_gflop
 from tests.benchmarks.torch_compiled import compiled, torch_inputs
 
 BATCHES = (1, 8, 32)
@@ -67,9 +67,8 @@ def bound(
 def gflop(session: ort.InferenceSession, subject: Subject, feeds: Mapping[str, npt.NDArray[Any]]) -> float:
     """Of one run of a sparse graph."""
     (experts,) = session.run(["token_experts"], feeds)
-    pair = 4 * subject.config.hidden_size * subject.config.mlp_dim / 1e9
     rows = expert_rows(subject.config, experts, shortcut=subject.shortcut)
-    return dense_gflop(subject.config, len(experts), shortcut=subject.shortcut) + pair * rows
+    return dense_gflop(subject.config, len(experts), shortcut=subject.shortcut) + pair_gflop(subject.config) * sum(rows)
 
 
 def on_torch(call: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> object:

@@ -69,7 +69,7 @@ def test_report_when_answers_are_late_expired_or_shed_then_each_counts_where_it_
     assert report.effective_accuracy == pytest.approx((0.9 + 0.8) / 5)
     assert (report.shed_ratio, report.missed_ratio) == (1 / 5, 2 / 5)
     assert report.degraded_ratio == 1 / 3
-    assert report.shed_by_reason == {"deadline": 1, "share": 0, "queue_full": 0, "queue_bytes": 0, "backend": 0}
+    assert report.shed_by_reason == dict.fromkeys(SHED_REASONS, 0) | {"deadline": 1}
     assert report.mean_batch_size == 1.5
     assert report.decisions == 2
     assert report.mean_decision_s == pytest.approx(2e-4)
