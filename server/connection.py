@@ -1,5 +1,5 @@
 """uvicorn's connection, with limits for the heads of requests, an end that lets the last answer arrive, and two changes
-that spare each request of a small model some 5 % of what it costs.
+that spare each request some work (docs/request-path.md).
 
 A head has a limit of time, whether it comes slowly or not at all, and one of size. uvicorn has neither before the first
 request of a connection, or once a head has begun.

@@ -30,8 +30,8 @@ _ALIASES = ("image/jpg", "image/pjpeg", "image/x-png", "image/apng", "image/x-ms
 # What curl and others declare for a file name that they do not know.
 _UNKNOWN = "application/octet-stream"
 
-# Up to this size of file, image and model input, decoding costs about 0.1 ms, and a thread would add half as much for
-# the way there and back (docs/request-path.md). A few bytes may hold many pixels, hence all three.
+# Up to this size of file, image and model input, decoding costs 0.1 to 0.3 ms, and a thread would add about half of
+# that for the way there and back (docs/request-path.md). A few bytes may hold many pixels, hence all three.
 _SMALL_BYTES: Final = 4096
 _SMALL_PIXELS: Final = 64 * 64
 
